@@ -24,7 +24,7 @@ __all__ = ["DAY", "Attempt", "fate", "new_attempt", "parse_attempt", "place"]
 DAY = 24 * 3600.0
 """The age in seconds from which a writer elsewhere counts as dead, unless the caller says otherwise."""
 
-_FORM = re.compile(r"(?P<time>\d{8}T\d{6}Z)-(?P<place>[0-9a-f]{8})-(?P<pid>[0-9a-f]+)-(?P<random>[0-9a-f]{12})")
+_FORM = re.compile(r"(?P<time>\d{8}T\d{6}Z)-(?P<place>[0-9a-f]{8})-(?P<pid>[0-9a-f]{1,7})-(?P<random>[0-9a-f]{12})")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

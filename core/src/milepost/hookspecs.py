@@ -43,12 +43,12 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 class StorageFactory(Protocol):
     """A callable that opens the storage below a root URL; options are keyword arguments, checked against its signature."""
 
-    def __call__(self, url: str, /, **options: Any) -> Storage:
+    def __call__(self, url: str, /, *args: Any, **options: Any) -> Storage:
         """Return the storage; does no I/O that could fail for a root that does not exist yet."""
         ...
 
 
-RegisterStorage: TypeAlias = Callable[[str, StorageFactory], None]
+RegisterStorage: TypeAlias = "Callable[[str, Callable[..., Storage]], None]"
 RegisterCommit: TypeAlias = "Callable[[str, Callable[..., CommitStrategy]], None]"
 RegisterArrays: TypeAlias = "Callable[[str, Callable[..., ArrayIO]], None]"
 RegisterLeafHandler: TypeAlias = "Callable[[LeafHandler], None]"

@@ -1,0 +1,169 @@
+"""How work goes on behind the caller's back, and how its failure cannot be missed.
+
+The rules. One piece of work at a time: what comes next waits, so that memory stays bounded and checkpoints are committed
+in order. A failure is raised by whoever asks for the result; if nobody does, by the next call, and at the latest when the
+`with` block or the process ends: then the exit status is not 0. An exception that is already on its way is never
+replaced; it gets a note.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import logging
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+__all__ = ["Background", "Pending", "of_this_process"]
+
+T = TypeVar("T")
+
+_logger = logging.getLogger("milepost")
+
+_FAILED_AT_EXIT = 1
+
+
+class Pending(Generic[T]):
+    """What will be the result of work in the background.
+
+    As a context manager it waits on leaving, and raises the failure unless another exception is on its way.
+    """
+
+    def __init__(self, future: Future[T], what: str) -> None:
+        self._future = future
+        self.what = what
+        self._seen = False
+
+    def result(self, timeout: float | None = None) -> T:
+        """Wait, then return the result or raise the failure; `TimeoutError` after so many seconds."""
+        try:
+            value = self._future.result(timeout)
+        except TimeoutError:
+            # The work itself may have failed with a timeout; only then has the failure been seen.
+            self._seen = self._future.done()
+            raise
+        except BaseException:
+            self._seen = True
+            raise
+        self._seen = True
+        return value
+
+    def done(self) -> bool:
+        """Say whether the work has ended, well or not."""
+        return self._future.done()
+
+    def on_complete(self, callback: Callable[[Pending[T]], object]) -> None:
+        """Have a function called with this object when the work has ended; at once if it has."""
+        self._future.add_done_callback(lambda _: callback(self))
+
+    def unseen_failure(self) -> BaseException | None:
+        """Return the failure of work that has ended, the first time that anybody asks for it."""
+        if self._seen or not self._future.done():
+            return None
+        self._seen = True
+        return self._future.exception()
+
+    def __enter__(self) -> Pending[T]:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _settle(self, error)
+
+
+def _settle(pending: Pending[Any], error: BaseException | None) -> None:
+    """Wait for the work; raise its failure, or note it on the exception that is on its way already."""
+    if error is None:
+        pending.result()
+        return
+    with contextlib.suppress(BaseException):
+        pending.result()
+    failure = pending._future.exception()  # noqa: SLF001 - it has ended
+    if failure is not None:
+        error.add_note(f"and {pending.what} failed: {failure}")
+        _logger.error("%s failed, while another error was on its way", pending.what, exc_info=failure)
+
+
+class Background:
+    """A queue of one: work in the background, in order."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last: Pending[Any] | None = None
+
+    def start(self, work: Callable[[], T], what: str) -> Pending[T]:
+        """Wait for the work before, raise its failure if nobody has seen it, then start this."""
+        with self._lock:
+            self._wait()
+            future: Future[T] = Future()
+            pending = Pending(future, what)
+            # Not a daemon: the interpreter waits for it, so that a script may end right after its last save.
+            threading.Thread(target=_run, args=(future, work), name="milepost", daemon=False).start()
+            self._last = pending
+            return pending
+
+    def _wait(self) -> None:
+        if self._last is not None:
+            with contextlib.suppress(BaseException):
+                self._last._future.result()  # noqa: SLF001 - only to wait; whether it was seen does not change
+            self.check()
+
+    def check(self) -> None:
+        """Raise the failure of work that has ended, if nobody has seen it; never waits."""
+        failure = self._last.unseen_failure() if self._last is not None else None
+        if failure is not None:
+            raise failure
+
+    def wait(self) -> None:
+        """Wait for the work under way, and raise its failure if nobody has seen it."""
+        with self._lock:
+            self._wait()
+
+    def close(self) -> BaseException | None:
+        """Wait for the work under way, and return its failure if nobody has seen it."""
+        try:
+            self.wait()
+        except BaseException as error:  # noqa: BLE001 - it is handed on
+            return error
+        return None
+
+
+def _run(future: Future[T], work: Callable[[], T]) -> None:
+    try:
+        value = work()
+    except BaseException as error:  # noqa: BLE001 - it is raised to whoever asks
+        future.set_exception(error)
+    else:
+        future.set_result(value)
+
+
+@functools.cache
+def of_this_process() -> Background:
+    """Return the queue of the functions that are called without an object of their own."""
+    background = Background()
+    atexit.register(_at_exit, background)
+    return background
+
+
+def _at_exit(background: Background) -> None:
+    failure = background.close()
+    if failure is None:
+        return
+    print("milepost: a save failed and nobody asked for its result:", file=sys.stderr)  # noqa: T201 - the last word
+    traceback.print_exception(failure)
+    if getattr(sys, "last_value", None) is not None:
+        return  # the process is ending with an error of its own already
+    # An exception in an exit handler does not change the exit status, and a scheduler sees nothing else.
+    atexit.unregister(_at_exit)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(_FAILED_AT_EXIT)

@@ -1,0 +1,231 @@
+"""How a load goes, from a manifest to the caller's tree.
+
+The rule: everything that can be wrong is found before a data byte moves; then just the boxes this host needs are read,
+each put where it belongs as soon as it is there, so that little is held beyond the result.
+
+A checkpoint that is overwritten while it is read may lose its files under the reader: when the commit object names
+another attempt by then, the load starts again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from milepost.engine.budgets import automatic_budget
+from milepost.engine.pieces import box_of
+from milepost.engine.placing import DEFAULT_DEVICE, HOST, SKIP, Wanted, found_here, want_as_saved, want_as_target
+from milepost.engine.reading import Checkpoint, choose_item, open_checkpoint
+from milepost.errors import DamagedError, ManifestError, NotFoundError, PluginNotFoundError, StorageError
+from milepost.hookspecs import CheckpointEvent
+from milepost.manifest import ArrayLeaf, Item
+from milepost.plugins import Plugins, installed
+from milepost.protocols import Array, ArrayIO, Location, ReadOptions, ReadRequest
+from milepost.structure import build, leaf_names, leaf_paths, show_path
+from milepost.trees import Handlers, Target, difference, make_custom, matching, target_leaves
+
+__all__ = ["AS_SAVED", "load"]
+
+AS_SAVED = object()
+"""The target of a load that has none."""
+
+_ATTEMPTS = 3
+
+
+def load(path: str | os.PathLike[str], target: Any = AS_SAVED, *, item: str = "AUTO") -> Any:
+    """Load one item of a checkpoint: as it was saved, or into a target."""
+    plugins = installed()
+    checkpoint = open_checkpoint(path, plugins)
+    for _ in range(_ATTEMPTS - 1):
+        try:
+            return _load(checkpoint, target, item, plugins)
+        except (DamagedError, NotFoundError, StorageError):
+            again = open_checkpoint(path, plugins)
+            if again.manifest.attempt == checkpoint.manifest.attempt:
+                raise
+            checkpoint = again
+    return _load(checkpoint, target, item, plugins)
+
+
+def _load(checkpoint: Checkpoint, target: Any, item: str, plugins: Plugins) -> Any:
+    _, chosen = choose_item(checkpoint.manifest, item, checkpoint.url)
+    loader = _Loader(checkpoint, chosen, plugins)
+    tree = loader.as_saved() if target is AS_SAVED else loader.into(target_leaves(target))
+    plugins.tell("restored", CheckpointEvent(checkpoint.url, checkpoint.manifest.attempt, checkpoint.manifest.data_bytes))
+    return tree
+
+
+class _Loader:
+    def __init__(self, checkpoint: Checkpoint, item: Item, plugins: Plugins) -> None:
+        self._checkpoint, self._item, self._plugins = checkpoint, item, plugins
+        self._handlers = Handlers(plugins.leaf_handlers())
+        self._paths = list(leaf_paths(item.structure))
+        self._shardings = [found_here(saved) for saved in item.shardings]
+
+    def as_saved(self) -> Any:
+        """Load every leaf as it was saved."""
+        wanted = [want_as_saved(leaf, self._shardings) for leaf in self._item.leaves]
+        try:
+            return build(self._item.structure, iter(self._values(wanted)), make_custom)
+        except (TypeError, RecursionError) as error:
+            raise ManifestError(f"cannot build the tree of {self._checkpoint.url!r}: {error}") from error
+
+    def into(self, target: Target) -> Any:
+        """Load the leaves of a target."""
+        wanted: list[Wanted] = [Wanted(SKIP) for _ in self._item.leaves]
+        places: list[int | None] = []
+        error = difference(list(self._match(target, wanted, places)), self._checkpoint.url)
+        if error is not None:
+            raise error
+        values = self._values(wanted)
+        return target.unflatten(
+            [leaf if at is None else values[at] for leaf, at in zip(target.leaves, places, strict=True)]
+        )
+
+    def _match(self, target: Target, wanted: list[Wanted], places: list[int | None]) -> Iterator[str]:
+        """Fill in what each saved leaf is wanted as, and where each target leaf comes from; yield what does not fit."""
+        saved = {matching(path): at for at, path in enumerate(self._paths)}
+        for leaf, path in zip(target.leaves, target.paths, strict=True):
+            at = saved.pop(matching(path), None)
+            places.append(at)
+            if at is None:
+                if leaf is not None:
+                    yield f"{show_path(path)}: missing from the checkpoint"
+                continue
+            found = want_as_target(self._item.leaves[at], leaf, self._shardings, self._handlers)
+            if isinstance(found, str):
+                yield f"{show_path(path)}: {found}"
+            else:
+                wanted[at] = found
+        for at in saved.values():
+            yield f"{show_path(self._paths[at])}: missing from the target"
+
+    def _values(self, wanted: Sequence[Wanted]) -> list[Any]:
+        arrays = _Arrays(self._checkpoint.url)
+        names = leaf_names(self._paths)
+        for at, (leaf, want) in enumerate(zip(self._item.leaves, wanted, strict=True)):
+            if want.place is not SKIP:
+                for part, array in leaf.get("arrays", {}).items():
+                    arrays.want((at, part), f"{names[at]}~.{part}" if part else names[at], array, want)
+        if arrays.requests:
+            arrays.take(self._read(arrays.requests))
+        loaded: list[dict[str, Any]] = [{} for _ in wanted]
+        for (at, part), array in arrays.results.items():
+            loaded[at][part] = array
+        return [
+            want.template if want.place is SKIP else want.finish(self._put_together(leaf, parts))
+            for leaf, want, parts in zip(self._item.leaves, wanted, loaded, strict=True)
+        ]
+
+    def _put_together(self, leaf: Mapping[str, Any], arrays: Mapping[str, Any]) -> Any:
+        handler = self._handlers.by_name.get(leaf["type"])
+        if handler is None:
+            raise PluginNotFoundError(
+                f"cannot load a leaf of kind {leaf['type']!r} of {self._checkpoint.url!r}: no installed package handles it"
+            )
+        try:
+            return handler.put_together(leaf, arrays)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ManifestError(
+                f"cannot put together a leaf of kind {leaf['type']!r} of {self._checkpoint.url!r}: {error}"
+            ) from error
+
+    def _read(self, requests: Sequence[ReadRequest]) -> Iterator[tuple[int, Array]]:
+        route, prefix = self._checkpoint.route, f"{self._checkpoint.prefix}{self._item.prefix}"
+        io: ArrayIO = self._plugins.arrays(self._item.writer)()
+        location = Location(self._checkpoint.storage, prefix, f"{self._checkpoint.storage.url}/{prefix}")
+        options = ReadOptions(
+            route.load_budget or automatic_budget(lasting=False), route.threads, verify=route.verify, mapped=route.mapped
+        )
+        return io.read(location, self._item.records, requests, options)
+
+
+@dataclasses.dataclass(slots=True)
+class _Slot:
+    """One array on its way: what it must be, where it goes, and the devices each of its boxes is for."""
+
+    key: tuple[int, str]
+    name: str
+    leaf: ArrayLeaf
+    want: Wanted
+    arrived: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+
+_BATCH_ARRAYS = 512
+_BATCH_BYTES = 32 << 20
+
+
+class _Arrays:
+    """The boxes that are read, and the arrays they become. Small ones go to their devices in batches."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self.requests: list[ReadRequest] = []
+        self.results: dict[tuple[int, str], Any] = {}
+        self._for: list[tuple[_Slot, tuple[int, ...], tuple[Any, ...]]] = []
+        self._batch: list[tuple[_Slot, Any, Array]] = []
+        self._held = 0
+
+    def want(self, key: tuple[int, str], name: str, leaf: ArrayLeaf, want: Wanted) -> None:
+        """Ask for one array."""
+        slot = _Slot(key, name, leaf, want)
+        if want.place is HOST or want.place is DEFAULT_DEVICE:
+            self._ask(slot, None, leaf.shape, (None,))
+            return
+        boxes: dict[Any, list[Any]] = {}
+        for device, index in want.place.addressable_devices_indices_map(leaf.shape).items():
+            boxes.setdefault(box_of(index, leaf.shape), []).append(device)
+        for box, devices in boxes.items():
+            self._ask(slot, None if box.shape == leaf.shape else box, box.shape, tuple(devices))
+
+    def _ask(self, slot: _Slot, box: Any, shape: tuple[int, ...], devices: tuple[Any, ...]) -> None:
+        self.requests.append(ReadRequest(slot.name, box))
+        self._for.append((slot, shape, devices))
+
+    def take(self, arrays: Iterator[tuple[int, Array]]) -> None:
+        """Put every array where it belongs as it comes."""
+        for index, array in arrays:
+            slot, shape, devices = self._for[index]
+            if array.shape != shape or array.dtype.name != slot.leaf.dtype:
+                raise ManifestError(
+                    f"cannot believe the manifest of {self._where!r}: array {slot.name!r} is stored as "
+                    f"{array.dtype.name}{list(array.shape)}, its leaf says {slot.leaf.dtype}{list(shape)}"
+                )
+            data = array if slot.want.dtype is None else array.astype(slot.want.dtype)
+            if slot.want.place is HOST:
+                self.results[slot.key] = data
+                continue
+            self._batch += [(slot, device, data) for device in devices]
+            self._held += data.nbytes
+            if len(self._batch) >= _BATCH_ARRAYS or self._held >= _BATCH_BYTES:
+                self._flush()
+        self._flush()
+
+    def _flush(self) -> None:
+        batch, self._batch, self._held = self._batch, [], 0
+        free = [entry for entry in batch if entry[1] is None]
+        bound = [entry for entry in batch if entry[1] is not None]
+        # device_put takes over the memory of an aligned array on CPU, and copies it elsewhere.
+        placed = jax.device_put([data for _, _, data in free]) if free else []
+        placed += jax.device_put([data for _, _, data in bound], [device for _, device, _ in bound]) if bound else []
+        for (slot, device, _), array in zip(free + bound, placed, strict=True):
+            self._arrived(slot, device, array)
+        if any(next(iter(array.devices())).platform != "cpu" for array in placed[:1]):
+            # Host memory is given back before more is read; on CPU it has become the array's own.
+            jax.block_until_ready(placed)
+
+    def _arrived(self, slot: _Slot, device: Any, array: Any) -> None:
+        place = slot.want.place
+        if place is DEFAULT_DEVICE:
+            self.results[slot.key] = array
+            return
+        slot.arrived[device] = array
+        if len(slot.arrived) == len(place.addressable_devices):
+            parts = list(slot.arrived.values())
+            slot.arrived = {}
+            self.results[slot.key] = jax.make_array_from_single_device_arrays(slot.leaf.shape, place, parts)
+

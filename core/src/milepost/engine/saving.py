@@ -1,0 +1,261 @@
+"""How a save goes, from the caller's tree to a checkpoint that exists.
+
+The rule: everything that can be refused is refused before a byte is written; whatever fails before the commit point leaves
+no checkpoint and removes what it wrote; nothing after the commit point can turn success into failure.
+
+    prepare    resolve the route, take the trees apart, refuse what cannot be saved
+    begin      one host looks whether the name is free, and opens an attempt
+    snapshot   what the caller does from here on changes nothing
+    write      every host writes its boxes
+    commit     one host writes the manifest: the checkpoint exists
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from milepost import manifest as manifests
+from milepost.attempts import new_attempt
+from milepost.engine.budgets import automatic_budget
+from milepost.engine.pieces import Plan, plan_arrays
+from milepost.engine.recording import RecordingStorage
+from milepost.errors import AlreadyExistsError, NotFoundError, RequestError, StorageError, noted
+from milepost.hookspecs import CheckpointEvent
+from milepost.hosts import OneHost
+from milepost.manifest import FileEntry, Item, Manifest
+from milepost.plugins import Plugins, installed
+from milepost.protocols import COMMIT_OBJECT, ArrayIO, Hosts, Json, Location, Staging, WriteOptions
+from milepost.routes import OpenRoute, open_route, resolve
+from milepost.trees import Handlers, Taken, take_apart
+
+__all__ = ["Save", "SaveRequest"]
+
+_logger = logging.getLogger("milepost")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SaveRequest:
+    """What to save, under which name: trees by item name, and what the caller wants noted about them."""
+
+    path: str | os.PathLike[str]
+    items: Mapping[str, Any]
+    overwrite: bool = False
+    custom_metadata: Mapping[str, Any] | None = None
+    metrics: Mapping[str, Any] | None = None
+
+
+@dataclasses.dataclass(slots=True)
+class _Clock:
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = time.perf_counter() - began
+
+
+class _Leaves:
+    """What the manifest says of a tree's leaves, without the arrays."""
+
+    def __init__(self, taken: Taken) -> None:
+        self.structure = taken.structure
+        self.types = taken.types
+        self.jsons = [parts.json for parts in taken.parts]
+
+
+class Save:
+    """One save under way. `prepare` first; then `finish`, on any thread."""
+
+    def __init__(self, request: SaveRequest, *, hosts: Hosts | None = None, plugins: Plugins | None = None) -> None:
+        self._request = request
+        self._hosts = hosts or OneHost()
+        self._plugins = plugins or installed()
+        self._clock = _Clock()
+
+    def prepare(self, *, lasting: bool) -> Callable[[], None]:
+        """Refuse what cannot be saved, and begin; return what completes the snapshot.
+
+        With `lasting`, the caller goes on once the snapshot is complete, while `finish` still runs.
+        """
+        with self._clock.phase("prepare"):
+            self._open = open_route(resolve(self._request.path, self._plugins, writing=True), self._plugins)
+            self._custom_metadata = _plain_json(self._request.custom_metadata, "custom_metadata")
+            self._metrics = _plain_json(self._request.metrics, "metrics")
+            handlers = Handlers(self._plugins.leaf_handlers())
+            taken = {name: take_apart(tree, handlers) for name, tree in self._request.items.items()}
+            self._arrays = self._array_writer()
+            budget = self._open.route.save_budget or automatic_budget(lasting=lasting)
+            self._options = WriteOptions(budget, self._open.route.threads)
+        with self._clock.phase("begin"):
+            self._began = time.time_ns()
+            self._attempt = self._hosts.decide("begin", self._begin)
+        with self._clock.phase("snapshot"):
+            self._plans = {name: self._plan(tree, lasting=lasting) for name, tree in taken.items()}
+            self._leaves = {name: _Leaves(tree) for name, tree in taken.items()}
+            # From here on only the plan refers to arrays, so that each can go as soon as it is written or copied.
+            self._request = dataclasses.replace(self._request, items={})
+        self._tell("save_started")
+        return self._snapshot
+
+    def _array_writer(self) -> ArrayIO:
+        route = self._open.route
+        writer: ArrayIO = self._plugins.arrays(route.arrays)(**route.arrays_options)
+        return writer
+
+    def _plan(self, taken: Taken, *, lasting: bool) -> Plan:
+        arrays = [parts.arrays for parts in taken.parts]
+        # A writer holds one piece in each thread, so that a piece may be as large as its share of the budget.
+        share = max(1, self._options.budget // (self._options.threads + 1))
+        return plan_arrays(taken.names, arrays, self._hosts, share, lasting=lasting)
+
+    def _snapshot(self) -> None:
+        began = time.perf_counter()
+        for plan in self._plans.values():
+            plan.snapshot()
+        self._clock.seconds["snapshot"] += time.perf_counter() - began
+
+    def _begin(self) -> str:
+        route = self._open.route
+        if not self._request.overwrite and _is_taken(self._open):
+            raise noted(
+                AlreadyExistsError(f"cannot save {route.url!r}: a checkpoint is there already"),
+                "choose another name, or pass overwrite=True to replace it",
+            )
+        return new_attempt()
+
+    def finish(self) -> Manifest:
+        """Write, and commit. On any failure what was written is removed, and nothing else has changed."""
+        storage, strategy = self._open.storage, self._open.commit
+        staging: Staging | None = None
+        try:
+            with self._clock.phase("write"):
+                staging = Staging(
+                    **self._hosts.decide(
+                        "stage",
+                        lambda: dataclasses.asdict(strategy.stage(storage, self._open.route.name, self._attempt)),
+                    )
+                )
+                items, files = self._write(staging)
+            with self._clock.phase("commit"):
+                manifest = self._commit(staging, items, files)
+        except BaseException as error:
+            self._abandon(staging)
+            self._tell("save_failed", error=error)
+            raise
+        finally:
+            for plan in self._plans.values():
+                plan.close()
+            self._plans = {}
+        self._tell("save_committed", size=manifest.data_bytes)
+        return manifest
+
+    def _write(self, staging: Staging) -> tuple[dict[str, Item], list[FileEntry]]:
+        items: dict[str, Item] = {}
+        files: list[FileEntry] = []
+        for name, plan in self._plans.items():
+            storage = RecordingStorage(self._open.storage, staging.prefix, staging.data)
+            location = self._location(storage, staging, name)
+            self._hosts.decide(f"create {name}", lambda location=location, plan=plan: self._create(location, plan))  # type: ignore[misc] - mypy cannot type defaults
+
+            def act(location: Location = location, plan: Plan = plan, storage: RecordingStorage = storage) -> Any:
+                record = self._arrays.write(location, plan.pieces, self._options)
+                return {"record": record, "files": [dataclasses.asdict(file) for file in storage.files()]}
+
+            answers = self._hosts.together(f"write {name}", act)
+            files += [FileEntry(**file) for answer in answers for file in answer["files"]]
+            items[name] = self._item(name, plan, staging, [answer["record"] for answer in answers])
+        return items, files
+
+    def _create(self, location: Location, plan: Plan) -> None:
+        self._arrays.create(location, plan.specs)
+
+    def _location(self, storage: RecordingStorage, staging: Staging, item: str) -> Location:
+        prefix = f"{staging.prefix}{item}/"
+        return Location(storage, prefix, f"{storage.url}/{prefix}", self._hosts.index, self._hosts.count)
+
+    def _item(self, name: str, plan: Plan, staging: Staging, records: list[Any]) -> Item:
+        taken = self._leaves[name]
+        leaves = [
+            {"type": kind, **json, "arrays": arrays} if arrays else {"type": kind, **json}
+            for kind, json, arrays in zip(taken.types, taken.jsons, plan.arrays, strict=True)
+        ]
+        return Item(taken.structure, leaves, plan.shardings, self._open.route.arrays, f"{staging.data}{name}/", records)
+
+    def _commit(self, staging: Staging, items: Mapping[str, Item], files: list[FileEntry]) -> Manifest:
+        manifest = Manifest(
+            attempt=self._attempt,
+            init_timestamp_nsecs=self._began,
+            commit_timestamp_nsecs=time.time_ns(),
+            written_by=_written_by(self._hosts.count),
+            items=items,
+            files=tuple(files),
+            custom_metadata=self._custom_metadata,
+            metrics=self._metrics,
+        )
+        body = manifests.encode(manifest)
+
+        def publish() -> None:
+            self._open.commit.publish(self._open.storage, staging, body, overwrite=self._request.overwrite)
+
+        self._hosts.decide("commit", publish)
+        return manifest
+
+    def _abandon(self, staging: Staging | None) -> None:
+        if staging is None or self._hosts.index != 0:
+            return
+        try:
+            self._open.commit.abandon(self._open.storage, staging)
+        except Exception:  # noqa: BLE001 - the failure that led here is the one to report; a sweep removes the rest
+            _logger.warning("could not remove what the failed save of %s wrote", self._open.route.url, exc_info=True)
+
+    def _tell(self, hook: str, *, size: int = 0, error: BaseException | None = None) -> None:
+        if self._hosts.index == 0:
+            url = self._open.route.url
+            self._plugins.tell(hook, CheckpointEvent(url, self._attempt, size, dict(self._clock.seconds), error))
+
+
+def _is_taken(route: OpenRoute) -> bool:
+    try:
+        route.storage.size(f"{route.route.name}/{COMMIT_OBJECT}")
+    except NotFoundError:
+        return False
+    except StorageError as error:
+        if isinstance(error.__cause__, NotADirectoryError):
+            return True
+        raise
+    return True
+
+
+def _plain_json(value: Mapping[str, Any] | None, what: str) -> Json:
+    """Return a copy of what JSON can hold, or raise at once what would otherwise be raised at the commit."""
+    if value is None:
+        return None
+    if any(not isinstance(key, str) for key in value):
+        raise _JsonError(f"cannot save {what} {value!r:.200}: its keys must be strings")
+    try:
+        plain: Json = json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise _JsonError(f"cannot save {what} {value!r:.200}: {error}") from error
+    return plain
+
+
+class _JsonError(RequestError, ValueError, TypeError):
+    """What the reference raises as the one or the other."""
+
+
+def _written_by(hosts: int) -> dict[str, Any]:
+    from milepost import __version__
+
+    return {"milepost": __version__, "python": platform.python_version(), "host": platform.node(), "hosts": hosts}
+

@@ -1,0 +1,90 @@
+"""One session per check; `nox -l` lists them.
+
+Decides what is installed for a check and how it is called. The rule: no logic here, so that every line of it can be
+typed by hand. Sessions run on the interpreter that runs nox; `matrix` runs on every Python that milepost supports, and
+an interpreter that is missing fails.
+"""
+
+from __future__ import annotations
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.error_on_missing_interpreters = True
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["lint", "types", "imports", "tests", "digits", "docs"]
+
+PACKAGES = ("-e", "./core", "-e", "./backends/posix", "-e", "./plugins/safetensors", "-e", ".[cli]")
+GROUPS = {
+    name: nox.project.dependency_groups(nox.project.load_toml("pyproject.toml"), name)
+    for name in ("benchmark", "docs", "example", "lint", "test", "types")
+}
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting."""
+    session.install(*GROUPS["lint"])
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check types with two checkers, and that the public names are typed completely."""
+    session.install(*PACKAGES, *GROUPS["types"])
+    session.run("mypy")
+    session.run("pyright")
+    session.run("pyright", "--verifytypes", "milepost", "--ignoreexternal")
+    session.run("pyright", "--verifytypes", "milepost_posix", "--ignoreexternal")
+    session.run("pyright", "--verifytypes", "milepost_safetensors", "--ignoreexternal")
+
+
+@nox.session
+def imports(session: nox.Session) -> None:
+    """Check that dependencies point one way."""
+    session.install(*PACKAGES, *GROUPS["lint"])
+    session.run("lint-imports")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run all tests, doctests among them; arguments after `--` go to pytest."""
+    session.install(*PACKAGES, *GROUPS["test"])
+    session.run("pytest", "--numprocesses=auto", "--maxprocesses=8", *session.posargs)
+
+
+@nox.session(python=["3.11", "3.12", "3.13"])
+def matrix(session: nox.Session) -> None:
+    """Run all tests on every Python that milepost supports."""
+    session.install(*PACKAGES, *GROUPS["test"])
+    session.run("pytest", "--numprocesses=auto", "--maxprocesses=8", *session.posargs)
+
+
+@nox.session(python="3.11", venv_backend="uv")
+def minimums(session: nox.Session) -> None:
+    """Run all tests with the oldest of everything that the packages say they work with."""
+    session.install("--resolution=lowest-direct", "-e", "./core[cli,jax]", *PACKAGES, *GROUPS["test"])
+    session.run("pytest", "--numprocesses=auto", "--maxprocesses=8", *session.posargs)
+
+
+@nox.session
+def digits(session: nox.Session) -> None:
+    """Train on handwritten digits, get killed, resume, and compare with a run that was left alone."""
+    session.install(*PACKAGES, *GROUPS["example"])
+    session.run("python", "examples/digits.py", *session.posargs)
+
+
+@nox.session
+def benchmarks(session: nox.Session) -> None:
+    """Measure milepost beside its peers and the disk, in one run."""
+    session.install(*PACKAGES, *GROUPS["benchmark"])
+    session.run("python", "benchmarks/run.py", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation; a broken link fails."""
+    session.install(*GROUPS["docs"])
+    session.run("mkdocs", "build", "--strict", *session.posargs)

@@ -1,0 +1,190 @@
+"""Where saves are run and ended: a server of child processes, and disks that can lose their power.
+
+The rule: every point is tried. A survey ends a save at its first change, then at its second, and so on until the save
+gets through, so that it is complete whatever a save does and however many threads do it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+from crash import checks, counter, subjects
+
+__all__ = ["Disk", "Outcome", "Point", "Server", "started", "survey", "survey_power"]
+
+MANY = 400
+"""More changes than a small save may make; a survey that gets here does not end."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended: `returned` and `error` are what the save did, if it was not ended before."""
+
+    status: int
+    returned: bool | None = None
+    error: str = ""
+    kinds: tuple[str, ...] = ()
+    counted: int = 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process was ended inside the save."""
+        return self.returned is None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Point:
+    """What one run led to: what is at "2", None for nothing, and what else was left behind before the sweep."""
+
+    outcome: Outcome
+    label: str | None
+    left: frozenset[str]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Server:
+    """Runs saves of one subject, each in a process of its own."""
+
+    requests: IO[str]
+    answers: IO[str]
+    subject: str
+
+    def run(self, scenario: str, root: Path, plan: counter.Plan, mount: Path | None = None) -> Outcome:
+        """Prepare and act as the scenario says, with the plan from the act on; the root is made."""
+        root.mkdir(parents=True)
+        what = {"subject": self.subject, "scenario": scenario, "root": str(root), "mount": str(mount or root)}
+        self.requests.write(json.dumps(what | {"plan": dataclasses.asdict(plan)}) + "\n")
+        self.requests.flush()
+        answer = json.loads(self.answers.readline())
+        outcome = Outcome(**answer | {"kinds": tuple(answer.get("kinds", ()))})
+        expected = -signal.SIGKILL if plan.end_at else 0
+        if outcome.status != expected:
+            raise RuntimeError(f"the process of {what!r} with {plan!r} ended with {outcome.status}: {outcome.error}")
+        return outcome
+
+    def of(self, subject: str) -> Server:
+        """Return the same server for another subject."""
+        return dataclasses.replace(self, subject=subject)
+
+
+@contextlib.contextmanager
+def started(library: Path) -> Iterator[Server]:
+    """Run a server with the library preloaded, for as long as the context lasts."""
+    environment = os.environ | {
+        "LD_PRELOAD": str(library),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]),
+        "OPENBLAS_NUM_THREADS": "1",
+        "JAX_PLATFORMS": "cpu",
+    }
+    command = [sys.executable, str(Path(__file__).with_name("server.py"))]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:
+        assert process.stdin
+        assert process.stdout
+        yield Server(process.stdin, process.stdout, "toy")
+        process.stdin.close()
+
+
+def survey(server: Server, scenario: str, folder: Path, plan: Callable[[int], counter.Plan]) -> Iterator[Point]:
+    """Follow `plan(1)`, `plan(2)`, ... until a save ends before what was planned for it; check after each."""
+    for planned in itertools.takewhile(_is_bearable, map(plan, itertools.count(1))):
+        root = folder / "root"
+        outcome = server.run(scenario, root, planned)
+        yield _check(server, scenario, root, planned, outcome)
+        shutil.rmtree(root)
+        if not outcome.ended and outcome.counted < planned.last:
+            return
+
+
+def survey_power(
+    server: Server, scenario: str, disk: Disk, plan: Callable[[int], counter.Plan]
+) -> Iterator[Point]:
+    """Do as `survey`, on a disk that is fresh each time and that is looked at after it was mounted again."""
+    for planned in itertools.takewhile(_is_bearable, map(plan, itertools.count(1))):
+        root = disk.folder / "found"
+        with disk.fresh() as mount:
+            outcome = server.run(scenario, mount / "root", planned, mount)
+        with disk.again() as mount:
+            shutil.copytree(mount / "root", root)
+        yield _check(server, scenario, root, planned, outcome)
+        shutil.rmtree(root)
+        if not outcome.ended:
+            return
+
+
+def _is_bearable(plan: counter.Plan) -> bool:
+    assert plan.last < MANY, "this save never gets through"
+    return True
+
+
+def _check(server: Server, scenario: str, root: Path, plan: counter.Plan, outcome: Outcome) -> Point:
+    known = subjects.SCENARIOS[scenario]
+    may_be = {None: {known.before, known.after}, True: {known.after}, False: {known.before}}[outcome.returned]
+    if "OutcomeUnknownError" in outcome.kinds:
+        may_be = {known.before, known.after}
+    try:
+        found = checks.check(subjects.SUBJECTS[server.subject], root, {"1": {"older"}, "2": may_be})
+    except Exception as error:
+        error.add_note(f"this was found after {plan!r} and {outcome!r}")
+        raise
+    left = {entry.name for entry in root.iterdir()} - {name for name, label in found.items() if label}
+    return Point(outcome, found["2"], frozenset(left))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Disk:
+    """A file system in a file, which can lose its power; `pristine` is the file as it was made."""
+
+    pristine: Path
+    folder: Path
+
+    @classmethod
+    def make(cls, kind: str, folder: Path) -> Disk:
+        """Make a file system; raises CalledProcessError or FileNotFoundError where this machine cannot."""
+        pristine = folder / f"pristine.{kind}"
+        size, command = {
+            "ext4": (24 << 20, ["mkfs.ext4", "-q", "-F", str(pristine)]),
+            "xfs": (320 << 20, ["mkfs.xfs", "-q", "-f", str(pristine)]),
+        }[kind]
+        with pristine.open("wb") as file:
+            file.truncate(size)
+        _run(command)
+        return cls(pristine, folder)
+
+    @contextlib.contextmanager
+    def fresh(self) -> Iterator[Path]:
+        """Mount the file system as it was made."""
+        _run(["cp", "--sparse=always", str(self.pristine), str(self._image)])
+        with self.again() as mount:
+            yield mount
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[Path]:
+        """Mount the file system as it is now: what its last user left, after its journal is played back."""
+        mount = self.folder / "mount"
+        mount.mkdir(exist_ok=True)
+        _run(["mount", "-o", "loop", str(self._image), str(mount)])
+        try:
+            yield mount
+        finally:
+            _run(["umount", str(mount)])
+
+    @property
+    def _image(self) -> Path:
+        return self.pristine.with_name("image")
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import milepost
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from sklearn.datasets import load_digits
+
+optimizer = optax.adam(1e-3)
+
+
+class Classifier(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Linear(64, 32, rngs=rngs)
+        self.dropout = nnx.Dropout(0.2, rngs=rngs)
+        self.last = nnx.Linear(32, 10, rngs=rngs)
+
+    def __call__(self, pixels):
+        return self.last(self.dropout(nnx.relu(self.first(pixels))))
+
+
+@pytest.fixture(scope="module")
+def digits():
+    pixels, labels = load_digits(return_X_y=True)
+    return jnp.asarray(pixels / 16, jnp.float32), jnp.asarray(labels)
+
+
+def fresh(seed):
+    model = Classifier(nnx.Rngs(seed))
+    model.train()
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    return graph, {"params": params, "rest": rest, "optimizer": optimizer.init(params), "position": 0}
+
+
+def trained(graph, state, digits, steps):
+    @jax.jit
+    def update(params, rest, opt_state, pixels, labels):
+        def loss(params):
+            model = nnx.merge(graph, params, rest)
+            logits = model(pixels)
+            _, _, new_rest = nnx.split(model, nnx.Param, ...)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new_rest
+
+        grads, new_rest = jax.grad(loss, has_aux=True)(params)
+        changes, opt_state = optimizer.update(grads, opt_state)
+        return optax.apply_updates(params, changes), new_rest, opt_state
+
+    pixels, labels = digits
+    for position in range(state["position"], steps):
+        rows = np.random.default_rng(position).integers(0, len(labels), 32)
+        params, rest, opt_state = update(state["params"], state["rest"], state["optimizer"], pixels[rows], labels[rows])
+        state = {"params": params, "rest": rest, "optimizer": opt_state, "position": position + 1}
+    return state
+
+
+def bits(state):
+    def of(leaf):
+        is_key = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        array = np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+        return str(array.dtype), array.shape, array.tobytes()
+
+    return {jax.tree_util.keystr(path): of(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def test_a_training_with_flax_nnx_resumes_bit_for_bit(tmp_path, digits):
+    graph, state = fresh(seed=0)
+    halfway = trained(graph, state, digits, steps=10)
+    milepost.save_async(tmp_path / "10", halfway).result()
+    whole = trained(graph, halfway, digits, steps=20)
+
+    other_graph, target = fresh(seed=1)
+    resumed = milepost.load(tmp_path / "10", target)
+    assert bits(halfway) == bits(resumed)
+    assert bits(target) != bits(resumed)
+    assert bits(whole) == bits(trained(other_graph, resumed, digits, steps=20))
+
+
+def test_a_flax_nnx_state_can_be_loaded_without_a_target(tmp_path):
+    _, state = fresh(seed=0)
+    milepost.save(tmp_path / "0", state)
+    loaded = milepost.load(tmp_path / "0")
+    assert jax.tree.structure(state) == jax.tree.structure(loaded)
+    assert bits(state) == bits(loaded)

@@ -51,10 +51,11 @@ class Raw:
         """Return the bytes in few buffers: small ones joined, large ones as they are."""
         import numpy as np
 
-        views = list(workloads.host_views(state))
+        views: list[Any] = list(workloads.host_views(state))
         small = [view for view in views if view.nbytes < SMALL]
         joined: list[Any] = [np.concatenate(small)] if small else []
-        return [memoryview(view) for view in (*joined, *(view for view in views if view.nbytes >= SMALL))]
+        large: list[Any] = [view for view in views if view.nbytes >= SMALL]
+        return [memoryview(view) for view in (*joined, *large)]
 
     def save(self, path: Path, state: list[memoryview]) -> Callable[[], object]:
         """Write the buffers, then leave the sync to the caller."""

@@ -45,7 +45,7 @@ def fresh() -> tuple[dict[str, Any], Any]:
 
 @eqx.filter_jit
 def update(state: dict[str, Any], static: Any, pixels: jax.Array, labels: jax.Array) -> dict[str, Any]:
-    """Take one step on one batch."""
+    """Take one step on one batch; the place in the data is not the compiled program's business."""
     key, noise_key = jax.random.split(state["key"])
     noisy = pixels + 0.1 * jax.random.normal(noise_key, pixels.shape)
 
@@ -54,8 +54,7 @@ def update(state: dict[str, Any], static: Any, pixels: jax.Array, labels: jax.Ar
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     changes, opt_state = optimizer.update(jax.grad(loss)(state["params"]), state["optimizer"])
-    params = optax.apply_updates(state["params"], changes)
-    return {"params": params, "optimizer": opt_state, "key": key, "position": state["position"] + 1}
+    return {"params": optax.apply_updates(state["params"], changes), "optimizer": opt_state, "key": key}
 
 
 def newest(directory: Path) -> Path | None:
@@ -80,16 +79,17 @@ def train(directory: Path) -> None:
         epoch, batch = divmod(state["position"], (len(labels) - held_out) // BATCH)
         order = held_out + np.random.default_rng(epoch).permutation(len(labels) - held_out)
         rows = order[batch * BATCH : (batch + 1) * BATCH]
-        state = update(state, static, pixels[rows], labels[rows])
+        position = state.pop("position") + 1
+        state = {**update(state, static, pixels[rows], labels[rows]), "position": position}
 
-        if state["position"] % SAVE_EVERY == 0:
+        if position % SAVE_EVERY == 0:
             jax.block_until_ready(state)  # so that the clock sees saving alone
             started = time.perf_counter()
             if saving:
                 saving.result()  # the save before this one is durable now; had it failed, this would raise
-            saving = milepost.save_async(directory / str(state["position"]), state)
+            saving = milepost.save_async(directory / str(position), state)
             blocked, saves = blocked + time.perf_counter() - started, saves + 1
-            print("saving", state["position"], flush=True)
+            print("saving", position, flush=True)
     if saving:
         saving.result()
 

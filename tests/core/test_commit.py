@@ -4,7 +4,6 @@ import contextlib
 import itertools
 
 import pytest
-
 from milepost import attempts, commit
 from milepost.commit import CreateCommit, MarkerCommit
 from milepost.errors import AbortedError, AlreadyExistsError, OutcomeUnknownError, StorageError, StorageFullError
@@ -14,7 +13,6 @@ from milepost.protocols import COMMIT_OBJECT, CreatesOnly, ReplacesObjects
 from milepost.testing.commit import CommitContract, dead_attempt, look, save, sweep, write
 from milepost.testing.faults import CuttingStorage, LostReplyStorage, PowerCut, WrappedStorage, emptied, keys
 from milepost_posix.rename import RenameCommit
-from milepost_posix.storage import PosixStorage
 
 
 class CreateOnlyStorage(WrappedStorage):
@@ -85,12 +83,6 @@ class TestRenameOnMemory(OnMemory):
     @pytest.fixture
     def strategy(self):
         return RenameCommit()
-
-
-class TestRenameOnPosix(TestRenameOnMemory):
-    @pytest.fixture
-    def storage(self, tmp_path):
-        return PosixStorage(f"file://{tmp_path}/root")
 
 
 # --- what is particular to `create` and `marker` ---------------------------------------------------------------------

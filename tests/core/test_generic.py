@@ -11,7 +11,6 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile
-
 from milepost.errors import NotFoundError, StorageDeniedError, StorageError, StorageFullError
 from milepost.generic import FsspecStorage
 from milepost.testing.faults import emptied, keys
@@ -92,7 +91,7 @@ class UploadingFile(AbstractBufferedFile):
     def _initiate_upload(self):
         self.parts = []
 
-    def _upload_chunk(self, final=False):
+    def _upload_chunk(self, final=False):  # noqa: FBT002 - the signature is fsspec's
         self.parts.append(self.buffer.getvalue())
         if final:
             self.fs.objects[self.path] = b"".join(self.parts)

@@ -3,7 +3,6 @@ from __future__ import annotations
 import concurrent.futures
 
 import pytest
-
 from milepost import memory
 from milepost.memory import MemoryStorage
 from milepost.testing.faults import emptied, keys

@@ -270,6 +270,12 @@ def test_a_wrapper_decorates_every_storage(lake):
     assert (storage.reads, storage.url) == (1, "lake://a")
 
 
+def test_a_plugin_may_open_a_storage_in_the_factorys_place(lake):
+    source = f"{HOOKIMPL}{STORAGE_CLASS}@hookimpl\ndef open_storage(url): return Lake(url, region='instead')"
+    plugins = install_one(lake, source, group=PLUGINS)
+    assert plugins.open_storage(plugins.storage("lake"), "lake://a", {}).region == "instead"
+
+
 @pytest.mark.parametrize("made", ["None", "object()"])
 def test_a_wrapper_that_loses_the_storage_is_named(lake, made):
     source = f"{HOOKIMPL}@hookimpl(wrapper=True)\ndef open_storage():\n    yield\n    return {made}"

@@ -6,9 +6,10 @@ The rule: what a subject's own `load` says counts only if an independent reading
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from crash import packed
 from crash.subjects import state
@@ -66,7 +67,7 @@ def _holding(subject: Subject, root: Path, name: str) -> str | None:
         raise TornError(f"{name!r} cannot be loaded: {_listing(root)}") from error
     # An overwrite that is cut off where names cannot be exchanged leaves one of the two beside its name.
     places = [root / name] if (root / name).exists() else sorted(root.glob(f"*{name}*"))
-    if loaded not in [_label(_look(place)) for place in places]:
+    if loaded not in [_label_of_files(_look(place)) for place in places]:
         raise TornError(f"{name!r} is loaded as {loaded!r}, and no such thing is in {_listing(root)}")
     return loaded
 
@@ -82,16 +83,23 @@ def _look(place: Path) -> State:
 
 
 def _label(arrays: State) -> str:
-    # Names inside a file are the writer's own business; no two arrays of all states have the same bytes.
-    mine = sorted(map(_bits, arrays.values()))
     for label in LABELS:
-        if mine == sorted(map(_bits, state(label).values())):
+        expected = state(label)
+        if arrays.keys() == expected.keys() and _bits(arrays) == _bits(expected):
             return label
     raise TornError(f"these arrays were never saved together: {list(arrays)}")
 
 
-def _bits(array: Any) -> tuple[str, tuple[int, ...], bytes]:
-    return str(array.dtype), array.shape, array.tobytes()
+def _label_of_files(arrays: State) -> str:
+    # Names inside a file, and what fills the gaps, are the writer's own business.
+    for label in LABELS:
+        if _bits(state(label)) <= _bits(arrays):
+            return label
+    raise TornError(f"these arrays were never saved together: {list(arrays)}")
+
+
+def _bits(arrays: State) -> Counter[tuple[str, tuple[int, ...], bytes]]:
+    return Counter((str(array.dtype), array.shape, array.tobytes()) for array in arrays.values())
 
 
 def _sweep(subject: Subject, root: Path, found: Found) -> None:

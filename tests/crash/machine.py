@@ -11,10 +11,12 @@ import dataclasses
 import itertools
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -63,10 +65,12 @@ class Server:
     def run(self, scenario: str, root: Path, plan: counter.Plan, mount: Path | None = None) -> Outcome:
         """Prepare and act as the scenario says, with the plan from the act on; the root is made."""
         root.mkdir(parents=True)
-        what = {"subject": self.subject, "scenario": scenario, "root": str(root), "mount": str(mount or root)}
+        # A test that was interrupted may have left an answer behind.
+        token = secrets.token_hex(8)
+        what = {"token": token, "subject": self.subject, "scenario": scenario, "root": str(root), "mount": str(mount or root)}
         self.requests.write(json.dumps(what | {"plan": dataclasses.asdict(plan)}) + "\n")
         self.requests.flush()
-        answer = json.loads(self.answers.readline())
+        answer = next(found for line in self.answers if (found := json.loads(line)).pop("token") == token)
         outcome = Outcome(**answer | {"kinds": tuple(answer.get("kinds", ()))})
         expected = -signal.SIGKILL if plan.end_at else 0
         if outcome.status != expected:
@@ -93,8 +97,17 @@ def started(library: Path) -> Iterator[Server]:
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:
         assert process.stdin
         assert process.stdout
-        yield Server(process.stdin, process.stdout, "toy")
+        server = Server(process.stdin, process.stdout, "milepost")
+        _warm_up(server)
+        yield server
         process.stdin.close()
+
+
+def _warm_up(server: Server) -> None:
+    """Let the server import what a save needs, so that its children find it there."""
+    with tempfile.TemporaryDirectory() as folder:
+        for subject in ("milepost", "toy"):
+            server.of(subject).run("overwrite", Path(folder, subject), counter.Plan())
 
 
 def survey(server: Server, scenario: str, folder: Path, plan: Callable[[int], counter.Plan]) -> Iterator[Point]:

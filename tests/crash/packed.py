@@ -19,6 +19,7 @@ __all__ = ["pack", "unpack"]
 
 _NAMES: dict[str, type[Any]] = {
     "BOOL": np.bool_,
+    "U8": np.uint8,
     "I64": np.int64,
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,

@@ -504,7 +504,7 @@ def test_of_racing_processes_one_wins_and_nothing_mixes(tmp_path, mode, kernel):
         return [racer.stdout.readline().strip() for racer in racers]
 
     try:
-        for count in range(40):
+        for count in range(25):
             name = str(count) if mode == "plain" else "7"
             assert together(name) == ["ready"] * 4
             said = together("go")
@@ -521,4 +521,4 @@ def test_of_racing_processes_one_wins_and_nothing_mixes(tmp_path, mode, kernel):
             racer.wait(30)
             racer.stdout.close()
     sweep(storage)
-    assert sorted(storage.children("")) == sorted(f"{n}/" for n in (range(40) if mode == "plain" else [7]))
+    assert sorted(storage.children("")) == sorted(f"{n}/" for n in (range(25) if mode == "plain" else [7]))

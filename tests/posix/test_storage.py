@@ -342,6 +342,8 @@ def test_no_key_leads_out_of_the_root(storage, root, tmp_path, tree, action, key
     storage.write("k", [b"x"])
     (tmp_path / "new/x").write_bytes(b"keep")
     before = tree(tmp_path)
+    if (action, key) == ("delete", ""):
+        key = ".."  # the empty prefix is the whole storage
     more = {"write": ([b"evil"],), "create": ([b"evil"],), "rename": ("k2/",), "exchange": ("k2/",)}
     with pytest.raises(StorageError, match="no relative path") as caught:
         getattr(storage, action)(key, *more.get(action, ()))
@@ -445,8 +447,8 @@ def test_a_directory_of_somebody_else_is_denied(tmp_path, tree, request):
     before = tree(tmp_path)
     closed.chmod(0o555)
     shut.chmod(0o000)
-    for folder in (tmp_path, *tmp_path.parents):
-        folder.chmod(folder.stat().st_mode | 0o111) if folder.owner() == Path.home().owner() else None
+    for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        folder.chmod(0o711)  # so that it is not the way to them that is denied
     request.getfixturevalue("nobody")
     acts = [lambda: PosixStorage(f"file://{closed}").write("7/k", [b""])]
     acts += [lambda: PosixStorage(f"file://{closed}").delete("6/k")]
@@ -455,7 +457,8 @@ def test_a_directory_of_somebody_else_is_denied(tmp_path, tree, request):
         with pytest.raises(StorageDeniedError, match="permission denied") as caught:
             act()
         assert caught.value.errno == errno.EACCES
-    os.seteuid(0)
+    if os.getuid() == 0:
+        os.seteuid(0)
     shut.chmod(0o755)
     assert tree(tmp_path) == before
 

@@ -1,9 +1,9 @@
 """Checkpoints for JAX that work the same, and as safely, on a laptop disk and on object storage.
 
-    import milepost
+import milepost
 
-    milepost.save("checkpoints/1", state)
-    state = milepost.load("checkpoints/1")
+milepost.save("checkpoints/1", state)
+state = milepost.load("checkpoints/1")
 """
 
 from __future__ import annotations

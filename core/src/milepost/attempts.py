@@ -1,15 +1,15 @@
 """What the id of an attempt to save says: when it began, where, and by which process.
 
-The rule: nothing is removed that cannot be proven to be ours and dead. An id therefore names the place (machine, boot and
-process namespace, hashed) and the process, so that anybody can tell from a name alone whether its writer still runs; a
-writer in another place is dead only when it is older than any save could last. Storage backends and commit strategies
-put the id into the names they make up.
+The rule: nothing is removed that cannot be proven to be ours and dead. An id therefore names the place (machine, boot
+and process namespace, hashed) and the process, so that anybody can tell from a name alone whether its writer still
+runs; a writer in another place is dead only when it is older than any save could last. Storage backends and commit
+strategies put the id into the names they make up.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
+import datetime as dt
 import functools
 import hashlib
 import os
@@ -47,7 +47,7 @@ def place() -> str:
 
 def new_attempt() -> str:
     """Return an id that no other attempt has, for a save by this process that starts now."""
-    now = datetime.datetime.fromtimestamp(time.time(), datetime.UTC)
+    now = dt.datetime.fromtimestamp(time.time(), dt.UTC)
     return f"{now:%Y%m%dT%H%M%SZ}-{place()}-{os.getpid():x}-{secrets.token_hex(6)}"
 
 
@@ -63,7 +63,7 @@ def parse_attempt(text: str) -> Attempt | None:
     if found is None:
         return None
     try:
-        began = datetime.datetime.strptime(found["time"], "%Y%m%dT%H%M%SZ").replace(tzinfo=datetime.UTC)
+        began = dt.datetime.strptime(found["time"], "%Y%m%dT%H%M%SZ").replace(tzinfo=dt.UTC)
     except ValueError:
         return None
     return Attempt(began.timestamp(), found["place"], int(found["pid"], 16), found["random"])

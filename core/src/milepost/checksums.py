@@ -1,7 +1,7 @@
 """How bytes are fingerprinted: XXH3, 64 bits, in sixteen hex digits behind its name.
 
-The rule: a checksum must be so cheap that nobody switches it off. XXH3 runs at memory speed and finds every kind of damage
-that happens by itself; it is no defence against an attacker, who could rewrite data and checksum alike.
+The rule: a checksum must be so cheap that nobody switches it off. XXH3 runs at memory speed and finds every kind of
+damage that happens by itself; it is no defence against an attacker, who could rewrite data and checksum alike.
 """
 
 from __future__ import annotations

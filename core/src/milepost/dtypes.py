@@ -1,7 +1,7 @@
 """Which dtypes arrays may have, and their names.
 
-The rule: the dtypes that JAX knows, by the names NumPy and ml_dtypes give them; a name from a manifest is looked up here
-and nowhere else, so that a hostile one finds nothing. Values are in native byte order in memory.
+The rule: the dtypes that JAX knows, by the names NumPy and ml_dtypes give them; a name from a manifest is looked up
+here and nowhere else, so that a hostile one finds nothing. Values are in native byte order in memory.
 """
 
 from __future__ import annotations
@@ -81,12 +81,17 @@ def dtype_name(dtype: np.dtype[Any]) -> str:
     >>> dtype_name(np.dtype("float32"))
     'float32'
     """
-    name = str(dtype.name)
-    if known_dtypes().get(name) is None:
-        raise ValueError(f"its dtype {dtype} is none that JAX knows")
+    name = _names().get(dtype)
+    if name is not None:
+        return name
     if not dtype.isnative:
         raise ValueError(f"its dtype {dtype.str} is in foreign byte order")
-    return name
+    raise ValueError(f"its dtype {dtype} is none that JAX knows")
+
+
+@functools.cache
+def _names() -> dict[np.dtype[Any], str]:
+    return {dtype: name for name, dtype in known_dtypes().items()}
 
 
 def can_cast(source: str, target: str) -> bool:

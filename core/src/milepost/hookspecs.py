@@ -1,12 +1,12 @@
 """The hooks through which packages join milepost; the signatures here are the contract.
 
-The rule: entry points say *what* is offered, by name; hooks say *how* it is made. The value of an entry point is a module
-whose functions are marked with `milepost.hookspecs.hookimpl`. pluggy matches arguments by name, so that an
+The rule: entry points say *what* is offered, by name; hooks say *how* it is made. The value of an entry point is a
+module whose functions are marked with `milepost.hookspecs.hookimpl`. pluggy matches arguments by name, so that an
 implementation may leave out those it does not need.
 
-Groups of entry points: `milepost.storage` (the name is a URL scheme), `milepost.commit`, `milepost.arrays` (the name is the
-user's word for it), and `milepost.plugins` (observers, leaf handlers, name formats, wrappers; loaded by the first save or
-load).
+Groups of entry points: `milepost.storage` (the name is a URL scheme), `milepost.commit`, `milepost.arrays` (the name is
+the user's word for it), and `milepost.plugins` (observers, leaf handlers, name formats, wrappers; loaded by the first
+save or load).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
 class StorageFactory(Protocol):
-    """A callable that opens the storage below a root URL; options are keyword arguments, checked against its signature."""
+    """A callable that opens the storage below a root URL; options are keywords, checked against its signature."""
 
     def __call__(self, url: str, /, *args: Any, **options: Any) -> Storage:
         """Return the storage; does no I/O that could fail for a root that does not exist yet."""
@@ -57,7 +57,7 @@ RegisterNameFormat: TypeAlias = Callable[[str, Callable[..., object]], None]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CheckpointEvent:
-    """What happened to one checkpoint: its URL, the attempt's id, bytes of data, seconds by phase, and the error if any."""
+    """What happened to one checkpoint: URL, the attempt's id, bytes of data, seconds by phase, the error if any."""
 
     url: str
     attempt: str = ""

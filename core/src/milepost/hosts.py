@@ -1,14 +1,16 @@
 """How the processes of a job act as one.
 
-The rule: there are two verbs only. `decide`: one acts, all learn. `together`: all act, all learn. Both return on every host
-or raise on every host, so that no host goes on alone and none waits for one that has failed. Nothing is decided by a
-host's own view of a file system.
+The rule: there are two verbs only. `decide`: one acts, all learn. `together`: all act, all learn. Both return on every
+host or raise on every host, so that no host goes on alone and none waits for one that has failed. Nothing is decided by
+a host's own view of a file system.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["OneHost"]
 

@@ -1,7 +1,7 @@
 """The kinds of leaves that come with milepost, and exactly how each comes back.
 
-The rule: what you saved is what you get, type and bits. A class derived from one of these is refused, since what it adds
-would be lost. Small values stand in the manifest; large ones become arrays.
+The rule: what you saved is what you get, type and bits. A class derived from one of these is refused, since what it
+adds would be lost. Small values stand in the manifest; large ones become arrays.
 
 Registered through the entry point `leaves` of the group `milepost.plugins`, as anybody's handlers are; JAX is imported
 only when a handler is asked for its types.
@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import base64
 import struct
-from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from milepost.dtypes import dtype_name, dtype_named
 from milepost.hookspecs import RegisterLeafHandler, hookimpl
 from milepost.protocols import Json, Parts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 __all__ = [
     "BytesHandler",
@@ -88,8 +90,8 @@ class PythonScalarHandler:
         if self._cls is float:
             return _float(json["bits"])
         if self._cls is complex:
-            real, imag = json["bits"]  # type: ignore[misc, union-attr]
-            return complex(_float(real), _float(imag))
+            bits: Any = json["bits"]
+            return complex(*map(_float, bits))
         if "hex" in json:
             return int(json["hex"], 16)  # type: ignore[arg-type]
         return self._cls(json["value"])
@@ -196,7 +198,7 @@ class NumpyArrayHandler:
 
 
 class JaxArrayHandler:
-    """A `jax.Array`, sharded in any way; random keys and arrays of them are kept as key data and the implementation's name."""
+    """A `jax.Array`, sharded in any way; random keys are kept as their data and the implementation's name."""
 
     @property
     def name(self) -> str:
@@ -213,15 +215,18 @@ class JaxArrayHandler:
     def take_apart(self, leaf: Any) -> Parts:
         """Return the array itself, or a key's data."""
         import jax
+        import jax.numpy as jnp
 
         if isinstance(leaf, jax.core.Tracer):
-            raise ValueError("it is a tracer: the save was called inside a function that JAX is tracing")  # noqa: TRY004
+            raise ValueError("it is a tracer: the save was called inside a function that JAX is tracing")  # noqa: TRY004 - a refusal
         if leaf.is_deleted():
             raise ValueError("it has been deleted or donated")
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if isinstance(leaf.dtype, np.dtype):
+            dtype_name(leaf.dtype)
+            return Parts({"weak_type": True} if leaf.weak_type else {}, {"": leaf})
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return Parts({"key_impl": str(jax.random.key_impl(leaf))}, {"": jax.random.key_data(leaf)})
-        dtype_name(leaf.dtype)
-        return Parts({"weak_type": True} if leaf.weak_type else {}, {"": leaf})
+        raise ValueError(f"its dtype {leaf.dtype} is none that can be written")
 
     def put_together(self, json: Mapping[str, Json], arrays: Mapping[str, Any]) -> Any:
         """Return the array, or the key."""
@@ -230,4 +235,17 @@ class JaxArrayHandler:
         array = arrays[""]
         if "key_impl" in json:
             return jax.random.wrap_key_data(array, impl=str(json["key_impl"]))
+        if json.get("weak_type") and array.shape == ():
+            return _weak(array)
         return array
+
+
+def _weak(array: Any) -> Any:
+    """Return a scalar as weakly typed as it was saved, so that what is computed with it keeps its dtype.
+
+    JAX offers no public way for arrays of more dimensions, nor for the bits of a NaN; those come back strongly typed.
+    """
+    import jax.numpy as jnp
+
+    weak = jnp.asarray(array.item())
+    return weak if weak.dtype == array.dtype and bool(weak == array) else array

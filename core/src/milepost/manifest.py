@@ -1,22 +1,26 @@
 """What a checkpoint says about itself: the body of its commit object.
 
-The rule: a checkpoint exists if and only if its commit object is visible under its name, and this is all of what is known
-about it. One JSON document answers "is it there", "what is in it" and "is it intact": the tree, the files with size and
-checksum, the array writer's record, the user's metadata, and a checksum over the document itself. Whoever reads it trusts
-nothing in it: whatever does not fit is a `ManifestError`, and no number in it is used before it was checked.
+The rule: a checkpoint exists if and only if its commit object is visible under its name, and this is all of what is
+known about it. One JSON document answers "is it there", "what is in it" and "is it intact": the tree, the files with
+size and checksum, the array writer's record, the user's metadata, and a checksum over the document itself. Whoever
+reads it trusts nothing in it: whatever does not fit is a `ManifestError`, and no number in it is used before it was
+checked.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from milepost.checksums import ALGORITHM, fingerprint
 from milepost.errors import FutureFormatError, ManifestError, noted
-from milepost.protocols import Json
 from milepost.structure import leaf_paths
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from milepost.protocols import Json
 
 __all__ = [
     "FORMAT",
@@ -60,9 +64,10 @@ class ArrayLeaf:
 class Item:
     """One tree of a checkpoint.
 
-    `leaves` has one JSON object per leaf, in order: `type` names the leaf handler, `arrays` its arrays by part, the rest
-    belongs to the handler. `shardings` are what the leaves' arrays were spread over: information, never a demand.
-    `records` is the array writer's, one for each host that wrote; its files are below `prefix`, relative to the checkpoint.
+    `leaves` has one JSON object per leaf, in order: `type` names the leaf handler, `arrays` its arrays by part (each an
+    `ArrayLeaf` once read), the rest belongs to the handler. `shardings` are what the leaves' arrays were spread over:
+    information, never a demand. `records` is the array writer's, one for each host that wrote; its files are below
+    `prefix`, relative to the checkpoint.
     """
 
     structure: Any
@@ -99,7 +104,7 @@ def encode(manifest: Manifest) -> bytes:
     head |= {field.name: getattr(manifest, field.name) for field in dataclasses.fields(manifest)}
     head["items"] = {name: _shallow(item) for name, item in manifest.items.items()}
     head["files"] = [_shallow(file) for file in manifest.files]
-    body = json.dumps(head, separators=(",", ":"), allow_nan=False, default=_shallow).encode("ascii")[:-1]
+    body = json.dumps(head, separators=(",", ":"), allow_nan=False).encode("ascii")[:-1]
     return body + f'{_CHECKSUM}{fingerprint(body)}"}}'.encode()
 
 
@@ -123,7 +128,7 @@ def decode(body: bytes, *, where: str) -> Manifest:
     if isinstance(version, int) and version > VERSION:
         raise noted(
             FutureFormatError(
-                f"cannot read checkpoint {where!r}: it has format version {version}, this milepost reads up to {VERSION}"
+                f"cannot read {where!r}: it has format version {version}, this milepost reads up to {VERSION}"
             ),
             "pip install --upgrade milepost",
         )

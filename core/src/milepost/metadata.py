@@ -1,21 +1,23 @@
 """What is known of a leaf without loading it.
 
-The rule: plain values that no device and no JAX is needed for. Each also serves as a target: loading into the metadata of
-a checkpoint gives what was saved.
+The rule: plain values that no device and no JAX is needed for. Each also serves as a target: loading into the metadata
+of a checkpoint gives what was saved.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["ArrayMetadata", "NumpyMetadata", "StorageMetadata", "leaf_metadata"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StorageMetadata:
-    """How an array lies in the storage: the shape of a chunk, and of what one writer wrote; None where it was not cut."""
+    """How an array lies in the storage: the shape of a chunk, and of what one writer wrote (None: not cut)."""
 
     chunk_shape: tuple[int, ...] | None
     write_shape: tuple[int, ...] | None = None

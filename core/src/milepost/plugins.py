@@ -113,6 +113,7 @@ class Plugins:
         self._lock = threading.RLock()
         self._registered: dict[str, _Registered] = {}
         self._registrations: dict[tuple[str, str], dict[str, object]] = {}
+        self._factories: dict[Claim, Callable[..., Any]] = {}
         self._warned: set[str] = set()
         self._all_loaded = False
 
@@ -139,7 +140,7 @@ class Plugins:
     def leaf_handlers(self) -> tuple[LeafHandler, ...]:
         """Return the leaf handlers of all packages in `milepost.plugins`; this project's come first."""
         found: dict[str, tuple[LeafHandler, Claim]] = {}
-        for claim, handler in self._collect("register_leaf_handlers"):
+        for claim, handler in self._collect("register_leaf_handlers", lambda found: found.append):
             missing = missing_members(handler, LeafHandler)
             if missing:
                 raise _broken(claim, f"registers a leaf handler {handler!r} that lacks {_listed(missing)}")
@@ -151,7 +152,8 @@ class Plugins:
     def name_formats(self) -> dict[str, Callable[..., object]]:
         """Return the factories of step name formats of all packages in `milepost.plugins`, by name."""
         found: dict[str, tuple[Callable[..., object], Claim]] = {}
-        for claim, (name, factory) in self._collect("register_name_formats"):
+        into = lambda pairs: lambda name, factory: pairs.append((name, factory))  # noqa: E731 (a def would be longer)
+        for claim, (name, factory) in self._collect("register_name_formats", into):
             if not callable(factory):
                 raise _broken(claim, f"registers {factory!r} for the name format {name!r}, which cannot be called")
             other = found.setdefault(name, (factory, claim))
@@ -228,7 +230,7 @@ class Plugins:
     def _factory(self, group: str, name: str) -> Callable[..., Any]:
         claim = self._find(group, name)
         self._ask(claim)
-        return _checked(claim, self._registration(claim))
+        return self._factories.setdefault(claim, _checked(claim, self._registration(claim)))
 
     def _find(self, group: str, name: str) -> Claim:
         found = [claim for claim in self.claims(group) if claim.name == name]
@@ -296,13 +298,11 @@ class Plugins:
             raise _broken(claim, f"registers {factory!r}, which cannot be called")
         return factory
 
-    def _collect(self, hook_name: str) -> Iterator[tuple[Claim, Any]]:
+    def _collect(self, hook_name: str, into: Callable[[list[Any]], Callable[..., None]]) -> Iterator[tuple[Claim, Any]]:
         self.load_all()
-        for claim in self.claims(PLUGINS):
+        for claim in {claim.value: claim for claim in self.claims(PLUGINS)}.values():
             found: list[Any] = []
-            self._call(
-                claim, hook_name, lambda *given, found=found: found.append(given if len(given) > 1 else given[0])
-            )
+            self._call(claim, hook_name, into(found))
             yield from ((claim, one) for one in found)
 
     def _call(self, claim: Claim, hook_name: str, register: Callable[..., None]) -> None:
@@ -362,17 +362,25 @@ def missing_members(obj: object, protocol: type) -> tuple[str, ...]:
     >>> missing_members(object(), Named)
     ('name',)
     """
-    members: dict[str, object] = {}
-    for part in reversed(protocol.__mro__):
+    return tuple(name for name, called in _members(protocol) if not _fits(obj, name, called))
+
+
+@functools.cache
+def _members(protocol: type) -> tuple[tuple[str, bool], ...]:
+    members: dict[str, bool] = {}
+    for part in protocol.__mro__:
         if getattr(part, "_is_protocol", False):
-            members.update((name, value) for name, value in vars(part).items() if not name.startswith("_"))
-            members.update((name, None) for name in inspect.get_annotations(part))
-    return tuple(sorted(name for name, member in members.items() if not _fits(obj, name, callable(member))))
+            members |= {name: callable(value) for name, value in vars(part).items() if not name.startswith("_")}
+            members |= dict.fromkeys(inspect.get_annotations(part), False)
+    return tuple(sorted(members.items()))
 
 
-def _fits(obj: object, name: str, must_be_callable: bool) -> bool:  # noqa: FBT001 (private, and read at one place)
-    # hasattr and not the static look of isinstance: a wrapper may pass calls on by __getattr__.
-    return hasattr(obj, name) and (not must_be_callable or callable(getattr(obj, name)))
+def _fits(obj: object, name: str, called: bool) -> bool:  # noqa: FBT001 (private, and read at one place)
+    member = getattr(type(obj), name, None)
+    if member is not None:
+        return callable(member) or not called  # a property is not asked: it may look at the disk
+    # A wrapper may pass calls on by __getattr__, which the static look of isinstance would not see.
+    return hasattr(obj, name) and (callable(getattr(obj, name)) or not called)
 
 
 def _read_claims() -> Iterator[Claim]:

@@ -1,20 +1,21 @@
 """What storages, commit strategies, array writers, leaf handlers and hosts must do.
 
-The rule: every protocol here is small enough to write from memory, and a capability is an extension protocol of its own,
-never a flag. Nothing in this module does I/O, and nothing but `errors` is imported from the project, so that a backend
-needs no more of milepost than this, `errors` and `hookspecs`.
+The rule: every protocol here is small enough to write from memory, and a capability is an extension protocol of its
+own, never a flag. Nothing in this module does I/O, and nothing but `errors` is imported from the project, so that a
+backend needs no more of milepost than this, `errors` and `hookspecs`.
 
-Keys are `/`-separated relative names ("7/state/arrays-0.safetensors"); a prefix is a key that ends in "/", and "" is the
-whole storage. There are no directories: a prefix exists exactly as long as a key begins with it.
+Keys are `/`-separated relative names ("7/state/arrays-0.safetensors"); a prefix is a key that ends in "/", and "" is
+the whole storage. There are no directories: a prefix exists exactly as long as a key begins with it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
     from numpy.typing import NDArray
 
 __all__ = [
@@ -48,7 +49,7 @@ __all__ = [
 
 T = TypeVar("T")
 
-Json: TypeAlias = "None | bool | int | float | str | list[Json] | dict[str, Json]"
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 """A value that JSON can hold."""
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
@@ -314,7 +315,7 @@ class ReadRequest:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Location:
-    """Where an array writer works: keys below `prefix` (ends in "/") of the storage; `url` is the same for native drivers.
+    """Where an array writer works: below `prefix` (ends in "/") of the storage; `url` says the same to native drivers.
 
     `host` and `hosts` number the writing processes, so that each can choose file names of its own.
     """
@@ -336,7 +337,7 @@ class WriteOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ReadOptions:
-    """How to read: bytes that may be held beyond the result, threads, whether to check every checksum, and whether to map.
+    """How to read: bytes to hold beyond the result, threads, whether to check every checksum, and whether to map.
 
     With `mapped`, arrays may be views of mapped files where the storage offers it.
     """

@@ -203,9 +203,8 @@ def _automatic_threads() -> int:
 
 def _check_options(role: str, chosen: Mapping[str, Any], factory: Callable[..., Any], url: str) -> None:
     options, origin = chosen[f"{role}_options"].value, chosen[f"{role}_options"].origin
-    try:
-        parameters = inspect.signature(factory).parameters.values()
-    except (TypeError, ValueError):
+    parameters = _parameters(factory)
+    if parameters is None:
         return  # written in C without a signature: it checks its options itself
     what = f"{role} {chosen[role].value!r}"
     named = [one for one in parameters if one.kind in {one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY}]
@@ -224,6 +223,14 @@ def _check_options(role: str, chosen: Mapping[str, Any], factory: Callable[..., 
             ConfigError(f"unknown option {min(unknown)!r} in {role}_options of {origin}: the {what} does not take it"),
             did_you_mean(min(unknown), names),
         )
+
+
+@functools.cache
+def _parameters(factory: Callable[..., Any]) -> tuple[inspect.Parameter, ...] | None:
+    try:
+        return tuple(inspect.signature(factory).parameters.values())
+    except (TypeError, ValueError):
+        return None
 
 
 # --- opening ---------------------------------------------------------------------------------------------------------

@@ -8,10 +8,12 @@ that either side can show what the other wrote.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["describe", "revive"]
 
@@ -19,8 +21,8 @@ __all__ = ["describe", "revive"]
 def describe(sharding: Any) -> dict[str, Any]:
     """Return a JAX sharding as JSON.
 
-    Named shardings keep mesh shape, axis names and types, partition spec and device ids; a single device its platform and
-    id; of any other kind only the name remains.
+    Named shardings keep mesh shape, axis names and types, partition spec and device ids; a single device its platform
+    and id; of any other kind only the name remains.
     """
     import jax
 
@@ -74,7 +76,7 @@ def _revive(saved: Mapping[str, Any]) -> Any:
             types = tuple(kinds[kind] for kind in saved["axis_types"])
             spec = [tuple(part) if isinstance(part, list) else part for part in saved["partition_spec"]]
             named = jax.sharding.Mesh(mesh, tuple(saved["axis_names"]), axis_types=types)
-            return jax.sharding.NamedSharding(named, jax.sharding.PartitionSpec(*spec))
+            return jax.sharding.NamedSharding(named, jax.sharding.PartitionSpec(*spec))  # type: ignore[no-untyped-call]
     return None
 
 

@@ -1,10 +1,10 @@
 """How the containers of a tree are written down, and built up again without JAX.
 
-The rule: what was saved comes back as it was, keys and kinds alike (`1` is not `"1"`), also without a target. A structure
-is JSON; every container is `{"kind": ..., ...}`, a leaf is "*" and `None` is null. Classes are recorded by module and
-name, and looked up among the modules that are loaded already: nothing is ever imported because a file says so. A class
-that cannot be found, or whose static part JSON cannot hold, comes back as a dict of its fields, a named tuple as one
-made to measure.
+The rule: what was saved comes back as it was, keys and kinds alike (`1` is not `"1"`), also without a target. A
+structure is JSON; every container is `{"kind": ..., ...}`, a leaf is "*" and `None` is null. Classes are recorded by
+module and name, and looked up among the modules that are loaded already: nothing is ever imported because a file says
+so. A class that cannot be found, or whose static part JSON cannot hold, comes back as a dict of its fields, a named
+tuple as one made to measure.
 
 Leaves are in JAX's order: dicts by sorted keys, everything else as it stands.
 """
@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import collections
 import functools
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from milepost.protocols import Json
+if TYPE_CHECKING:
+    from milepost.protocols import Json
 
 __all__ = [
     "LEAF",
@@ -25,6 +27,7 @@ __all__ = [
     "Key",
     "OpaqueError",
     "build",
+    "child_keys",
     "class_named",
     "class_ref",
     "decode_static",
@@ -86,7 +89,7 @@ def encode_static(value: Any) -> Json:
     """
     if value is None or type(value) in (bool, int, str):
         return value  # type: ignore[no-any-return]
-    if type(value) is float and value == value and abs(value) != float("inf"):  # noqa: PLR0124 - NaN is not JSON
+    if type(value) is float and math.isfinite(value):
         return value
     if type(value) is Attr:
         return {"attr": str(value)}
@@ -127,7 +130,8 @@ def decode_static(json: Any) -> Any:
 # --- walking ---------------------------------------------------------------------------------------------------------
 
 
-def _child_keys(node: Mapping[str, Any]) -> Sequence[Key]:
+def child_keys(node: Mapping[str, Any]) -> Sequence[Key]:
+    """Return the keys of a container's children, in their order."""
     match node["kind"]:
         case "dict" | "OrderedDict" | "defaultdict":
             return [decode_static(key) for key in node["keys"]]
@@ -154,7 +158,7 @@ def _leaf_paths(node: Any, path: tuple[Key, ...]) -> Iterator[tuple[Key, ...]]:
         yield path
     elif node is not None:
         children = node["children"]
-        keys = _child_keys(node)
+        keys = child_keys(node)
         if len(keys) != len(children):
             raise ValueError(f"{len(keys)} keys for {len(children)} children")
         for key, child in zip(keys, children, strict=True):
@@ -199,13 +203,15 @@ def leaf_names(paths: Sequence[tuple[Key, ...]]) -> list[str]:
 
 def plain(node: Mapping[str, Any], children: list[Any]) -> Any:
     """Build what stands for a class that is not at hand: a dict of its fields, or a list."""
-    keys = _child_keys(node)
+    keys = child_keys(node)
     if all(isinstance(key, int) for key in keys):
         return children
     return {key_text(key): child for key, child in zip(keys, children, strict=True)}
 
 
-def build(structure: Any, leaves: Iterator[Any], make_custom: MakeCustom = plain) -> Any:
+def build(  # noqa: PLR0911 - one line for each kind of container
+    structure: Any, leaves: Iterator[Any], make_custom: MakeCustom = plain
+) -> Any:
     """Build the tree of a structure from its leaves, in order; `make_custom` builds nodes of registered classes."""
     if structure == LEAF:
         return next(leaves)
@@ -218,9 +224,9 @@ def build(structure: Any, leaves: Iterator[Any], make_custom: MakeCustom = plain
         case "tuple":
             return tuple(children)
         case "dict":
-            return dict(zip(_child_keys(structure), children, strict=True))
+            return dict(zip(child_keys(structure), children, strict=True))
         case "OrderedDict":
-            return collections.OrderedDict(zip(_child_keys(structure), children, strict=True))
+            return collections.OrderedDict(zip(child_keys(structure), children, strict=True))
         case "defaultdict":
             return _defaultdict(structure, children)
         case "namedtuple":
@@ -230,7 +236,7 @@ def build(structure: Any, leaves: Iterator[Any], make_custom: MakeCustom = plain
 
 
 def _defaultdict(node: Mapping[str, Any], children: list[Any]) -> Any:
-    items = zip(_child_keys(node), children, strict=True)
+    items = zip(child_keys(node), children, strict=True)
     try:
         return collections.defaultdict(decode_static(node["factory"]), items)
     except (OpaqueError, TypeError):

@@ -1,7 +1,7 @@
 """How trees are taken apart into leaves, and put together again; the one place that knows JAX's tree registry.
 
-The rule: everything is found out before a byte moves. A tree with leaves that cannot be saved gives one error with all of
-them, by path; a target that does not fit a checkpoint gives one error with the whole difference.
+The rule: everything is found out before a byte moves. A tree with leaves that cannot be saved gives one error with all
+of them, by path; a target that does not fit a checkpoint gives one error with the whole difference.
 """
 
 from __future__ import annotations
@@ -9,13 +9,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.tree_util as jtu
 
 from milepost.errors import MismatchError, UnsupportedLeafError, noted
-from milepost.protocols import LeafHandler, Parts
 from milepost.structure import (
     LEAF,
     Attr,
@@ -31,6 +29,11 @@ from milepost.structure import (
     plain,
     show_path,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from milepost.protocols import LeafHandler, Parts
 
 __all__ = ["Handlers", "Taken", "Target", "difference", "make_custom", "take_apart", "target_leaves"]
 
@@ -50,7 +53,8 @@ class Handlers:
 
     def of(self, leaf: object) -> LeafHandler | None:
         """Return the handler for a leaf, None if there is none."""
-        return self._of_class(type(leaf))
+        cls: Any = type(leaf)
+        return self._of_class(cls)
 
     def _nearest(self, cls: type) -> LeafHandler | None:
         for base in cls.__mro__[:-1]:
@@ -108,7 +112,7 @@ def _refusal(refused: list[str]) -> UnsupportedLeafError:
 
 
 class _Encoder:
-    """Writes one treedef as a structure; counts leaves and empty nodes, to ask for the key paths of registered classes."""
+    """Writes one treedef as a structure; counts leaves and empty nodes, to find the key paths of registered classes."""
 
     def __init__(self, tree: Any) -> None:
         self._tree = tree
@@ -203,7 +207,7 @@ def _key(entry: Any) -> Key:
 
 
 def make_custom(node: Mapping[str, Any], children: list[Any]) -> Any:
-    """Build a node of a registered class if its module is loaded and its static part is known; else plain containers."""
+    """Build a node of a registered class if its module is loaded and its static part known; else plain containers."""
     cls = class_named(node["type"])
     if cls is None or "static" not in node:
         return plain(node, children)
@@ -212,7 +216,7 @@ def make_custom(node: Mapping[str, Any], children: list[Any]) -> Any:
         data = (cls, decode_static(node["static"]))
         treedef = jtu.PyTreeDef.make_from_node_data_and_children(jtu.default_registry, data, [leaf] * len(children))
         return jtu.tree_unflatten(treedef, children)
-    except Exception:  # noqa: BLE001 - code of the class itself runs here; what it refuses is still readable without it
+    except Exception:
         _logger.debug("cannot rebuild a %s; plain containers stand in", node["type"], exc_info=True)
         return plain(node, children)
 
@@ -252,5 +256,5 @@ def difference(lines: Iterator[str] | Sequence[str], where: str) -> MismatchErro
     listed = "\n".join(f"  {line}" for line in found[:_SHOWN])
     more = f"\n  and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     return MismatchError(
-        f"cannot load {where!r} into the target: the tree structures do not match in {len(found)} places:\n{listed}{more}"
+        f"cannot load {where!r} into the target: they do not match in {len(found)} places:\n{listed}{more}"
     )

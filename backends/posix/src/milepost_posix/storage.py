@@ -60,9 +60,13 @@ class PosixStorage:
         """The root."""
         return self._url
 
-    @functools.cached_property
+    @property
     def commit(self) -> str:
         """`rename`, or `create` on FUSE, where renaming a directory is often a loop over its files."""
+        return self._commit
+
+    @functools.cached_property
+    def _commit(self) -> str:
         kind = _system.file_system(self._root.resolve())
         return "create" if kind.startswith("fuse") and kind != "fuseblk" else "rename"
 
@@ -138,6 +142,10 @@ class PosixStorage:
 
     def delete(self, key: str) -> None:
         """Remove a file, or with a key that ends in "/" everything below it; what is gone already is no error."""
+        if not key:
+            for child in self.children(""):
+                self.delete(child)
+            return
         path = self._folder(key) if key.endswith("/") else self._path(key)
         with explained("delete", path):
             try:
@@ -162,6 +170,8 @@ class PosixStorage:
         """Swap two directories at one instant, durably; False, with nothing changed, where this system cannot."""
         first, second = self._folder(one), self._folder(other)
         with explained("exchange", first, second):
+            for path in (first, second):
+                path.lstat()  # the answer for what is not there is the same on every system
             done = _system.exchange(first, second)
             for parent in {first.parent, second.parent} if done else ():
                 _system.sync_directory(parent)

@@ -1,9 +1,9 @@
 """How work goes on behind the caller's back, and how its failure cannot be missed.
 
-The rules. One piece of work at a time: what comes next waits, so that memory stays bounded and checkpoints are committed
-in order. A failure is raised by whoever asks for the result; if nobody does, by the next call, and at the latest when the
-`with` block or the process ends: then the exit status is not 0. An exception that is already on its way is never
-replaced; it gets a note.
+The rules. One piece of work at a time: what comes next waits, so that memory stays bounded and checkpoints are
+committed in order. A failure is raised by whoever asks for the result; if nobody does, by the next call, and at the
+latest when the `with` block or the process ends: then the exit status is not 0. An exception that is already on its way
+is never replaced; it gets a note.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable
 from concurrent.futures import Future
-from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
 
 __all__ = ["Background", "Pending", "of_this_process"]
 
@@ -37,17 +39,17 @@ class Pending(Generic[T]):
     """
 
     def __init__(self, future: Future[T], what: str) -> None:
-        self._future = future
+        self.future = future
         self.what = what
         self._seen = False
 
     def result(self, timeout: float | None = None) -> T:
         """Wait, then return the result or raise the failure; `TimeoutError` after so many seconds."""
         try:
-            value = self._future.result(timeout)
+            value = self.future.result(timeout)
         except TimeoutError:
             # The work itself may have failed with a timeout; only then has the failure been seen.
-            self._seen = self._future.done()
+            self._seen = self.future.done()
             raise
         except BaseException:
             self._seen = True
@@ -57,18 +59,18 @@ class Pending(Generic[T]):
 
     def done(self) -> bool:
         """Say whether the work has ended, well or not."""
-        return self._future.done()
+        return self.future.done()
 
     def on_complete(self, callback: Callable[[Pending[T]], object]) -> None:
         """Have a function called with this object when the work has ended; at once if it has."""
-        self._future.add_done_callback(lambda _: callback(self))
+        self.future.add_done_callback(lambda _: callback(self))
 
     def unseen_failure(self) -> BaseException | None:
         """Return the failure of work that has ended, the first time that anybody asks for it."""
-        if self._seen or not self._future.done():
+        if self._seen or not self.future.done():
             return None
         self._seen = True
-        return self._future.exception()
+        return self.future.exception()
 
     def __enter__(self) -> Pending[T]:
         return self
@@ -86,7 +88,7 @@ def _settle(pending: Pending[Any], error: BaseException | None) -> None:
         return
     with contextlib.suppress(BaseException):
         pending.result()
-    failure = pending._future.exception()  # noqa: SLF001 - it has ended
+    failure = pending.future.exception()
     if failure is not None:
         error.add_note(f"and {pending.what} failed: {failure}")
         _logger.error("%s failed, while another error was on its way", pending.what, exc_info=failure)
@@ -113,7 +115,7 @@ class Background:
     def _wait(self) -> None:
         if self._last is not None:
             with contextlib.suppress(BaseException):
-                self._last._future.result()  # noqa: SLF001 - only to wait; whether it was seen does not change
+                self._last.future.result()
             self.check()
 
     def check(self) -> None:
@@ -163,7 +165,7 @@ def _at_exit(background: Background) -> None:
         return  # the process is ending with an error of its own already
     # An exception in an exit handler does not change the exit status, and a scheduler sees nothing else.
     atexit.unregister(_at_exit)
-    atexit._run_exitfuncs()
+    atexit._run_exitfuncs()  # noqa: SLF001 - there is no public way to run the others first
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(_FAILED_AT_EXIT)

@@ -10,9 +10,7 @@ another attempt by then, the load starts again.
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -22,11 +20,16 @@ from milepost.engine.placing import DEFAULT_DEVICE, HOST, SKIP, Wanted, found_he
 from milepost.engine.reading import Checkpoint, choose_item, open_checkpoint
 from milepost.errors import DamagedError, ManifestError, NotFoundError, PluginNotFoundError, StorageError
 from milepost.hookspecs import CheckpointEvent
-from milepost.manifest import ArrayLeaf, Item
 from milepost.plugins import Plugins, installed
 from milepost.protocols import Array, ArrayIO, Location, ReadOptions, ReadRequest
 from milepost.structure import build, leaf_names, leaf_paths, show_path
 from milepost.trees import Handlers, Target, difference, make_custom, matching, target_leaves
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from milepost.manifest import ArrayLeaf, Item
 
 __all__ = ["AS_SAVED", "load"]
 
@@ -55,7 +58,9 @@ def _load(checkpoint: Checkpoint, target: Any, item: str, plugins: Plugins) -> A
     _, chosen = choose_item(checkpoint.manifest, item, checkpoint.url)
     loader = _Loader(checkpoint, chosen, plugins)
     tree = loader.as_saved() if target is AS_SAVED else loader.into(target_leaves(target))
-    plugins.tell("restored", CheckpointEvent(checkpoint.url, checkpoint.manifest.attempt, checkpoint.manifest.data_bytes))
+    plugins.tell(
+        "restored", CheckpointEvent(checkpoint.url, checkpoint.manifest.attempt, checkpoint.manifest.data_bytes)
+    )
     return tree
 
 
@@ -125,7 +130,7 @@ class _Loader:
         handler = self._handlers.by_name.get(leaf["type"])
         if handler is None:
             raise PluginNotFoundError(
-                f"cannot load a leaf of kind {leaf['type']!r} of {self._checkpoint.url!r}: no installed package handles it"
+                f"cannot load {self._checkpoint.url!r}: no installed package handles leaves of kind {leaf['type']!r}"
             )
         try:
             return handler.put_together(leaf, arrays)
@@ -139,7 +144,10 @@ class _Loader:
         io: ArrayIO = self._plugins.arrays(self._item.writer)()
         location = Location(self._checkpoint.storage, prefix, f"{self._checkpoint.storage.url}/{prefix}")
         options = ReadOptions(
-            route.load_budget or automatic_budget(lasting=False), route.threads, verify=route.verify, mapped=route.mapped
+            route.load_budget or automatic_budget(lasting=False),
+            route.threads,
+            verify=route.verify,
+            mapped=route.mapped,
         )
         return io.read(location, self._item.records, requests, options)
 
@@ -216,7 +224,7 @@ class _Arrays:
             self._arrived(slot, device, array)
         if any(next(iter(array.devices())).platform != "cpu" for array in placed[:1]):
             # Host memory is given back before more is read; on CPU it has become the array's own.
-            jax.block_until_ready(placed)
+            jax.block_until_ready(placed)  # type: ignore[no-untyped-call]
 
     def _arrived(self, slot: _Slot, device: Any, array: Any) -> None:
         place = slot.want.place
@@ -228,4 +236,3 @@ class _Arrays:
             parts = list(slot.arrived.values())
             slot.arrived = {}
             self.results[slot.key] = jax.make_array_from_single_device_arrays(slot.leaf.shape, place, parts)
-

@@ -16,19 +16,20 @@ An array larger than the budget that has to be copied is cut into boxes along it
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
 from milepost.dtypes import dtype_name
-from milepost.manifest import ArrayLeaf
 from milepost.protocols import Array, ArraySpec, Box, Hosts, Piece
 from milepost.shardings import describe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 __all__ = ["Budget", "Plan", "box_of", "plan_arrays"]
 
@@ -43,9 +44,12 @@ class Budget:
         self._changed = threading.Condition()
 
     def take(self, size: int, *, unless: Callable[[], bool]) -> bool:
-        """Wait until the bytes may be held, then return True; False as soon as `unless` says so or nobody needs them."""
+        """Wait until the bytes may be held, then return True; False once `unless` says so or nobody needs them."""
+
+        def needless() -> bool:
+            return self._closed or unless()
+
         with self._changed:
-            needless = lambda: self._closed or unless()  # noqa: E731 - it is asked twice
             self._changed.wait_for(lambda: needless() or not self._held or self._held + size <= self._limit)
             if needless():
                 return False
@@ -65,20 +69,21 @@ class Budget:
             self._changed.notify_all()
 
 
-class Shardings:
-    """The distinct shardings of a tree, numbered as they come."""
+class _Shardings:
+    """The distinct shardings of a tree, numbered as they come, and whether one shard of each is the whole array."""
 
     def __init__(self) -> None:
         self.table: list[dict[str, Any]] = []
-        self._numbers: dict[Any, int] = {}
+        self._known: dict[Any, tuple[int, bool]] = {}
 
-    def number(self, array: Any) -> int:
-        """Return the number of an array's sharding."""
+    def look_up(self, array: Any) -> tuple[int, bool]:
+        """Return the number of an array's sharding, and whether one shard of it is the whole array."""
         key = (array.sharding, array.committed)
-        if key not in self._numbers:
-            self._numbers[key] = len(self.table)
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = (len(self.table), array.sharding.is_fully_replicated)
             self.table.append(describe(array.sharding) | ({} if array.committed else {"committed": False}))
-        return self._numbers[key]
+        return found
 
 
 class _Copied:
@@ -102,12 +107,14 @@ class _Copied:
     def fetch(self) -> Array:
         """Return the data, and forget it."""
         with self._lock:
-            if self._copy is not None:
-                data, self._copy = self._copy(), None
-                self._budget.give(0)
+            if self._data is not None:
+                data, self._data = self._data, None
+                self._budget.give(self._size)
                 return data
-            data, self._data = self._data, None  # type: ignore[assignment] - set whenever _copy is None
-            self._budget.give(self._size)
+            if self._copy is None:
+                raise RuntimeError("the data of a piece was fetched twice")
+            data, self._copy = self._copy(), None
+            self._budget.give(0)
             return data
 
 
@@ -117,7 +124,7 @@ class Plan:
 
     specs: list[ArraySpec]
     pieces: list[Piece]
-    arrays: list[dict[str, ArrayLeaf]]
+    arrays: list[dict[str, dict[str, Any]]]
     shardings: list[dict[str, Any]]
     copied: list[_Copied]
     budget: Budget
@@ -146,7 +153,7 @@ class _Planner:
     def __init__(self, hosts: Hosts, budget: int, *, lasting: bool) -> None:
         self._hosts, self._limit, self._lasting = hosts, budget, lasting
         self._budget = Budget(budget)
-        self._shardings = Shardings()
+        self._shardings = _Shardings()
         self._loads = [0] * hosts.count
         self.plan = Plan([], [], [], self._shardings.table, [], self._budget)
 
@@ -160,9 +167,9 @@ class _Planner:
             if isinstance(array, np.ndarray):
                 self._add_numpy(spec, array)
             else:
-                sharding = self._shardings.number(array)
-                self._add_jax(spec, array)
-            described[part] = ArrayLeaf(spec.shape, spec.dtype, sharding)
+                sharding, replicated = self._shardings.look_up(array)
+                self._add_jax(spec, array, replicated=replicated)
+            described[part] = {"shape": spec.shape, "dtype": spec.dtype, "sharding": sharding}
         self.plan.arrays.append(described)
 
     def _add_numpy(self, spec: ArraySpec, array: Array) -> None:
@@ -173,10 +180,10 @@ class _Planner:
             self.plan.pieces.append(Piece(spec, lambda: array))
             return
         for box in _cut(spec, self._limit):
-            self._copy(spec, box, lambda box=box: _copy_of(array, box))  # type: ignore[misc] - mypy cannot type defaults
+            self._copy(spec, box, functools.partial(_copy_of, array, box))
 
-    def _add_jax(self, spec: ArraySpec, array: Any) -> None:
-        if array.sharding.is_fully_replicated and self._hosts.count == 1:
+    def _add_jax(self, spec: ArraySpec, array: Any, *, replicated: bool) -> None:
+        if replicated and self._hosts.count == 1:
             self._add_shard(spec, None, array.addressable_data(0))
             return
         shards = {box_of(shard.index, spec.shape): shard.data for shard in array.addressable_shards}
@@ -195,11 +202,7 @@ class _Planner:
             return
         shape = spec.shape if box is None else box.shape
         for part in _cut(dataclasses.replace(spec, shape=shape), self._limit):
-            place = box if part is None else _within(box, part)
-            if self._lasting:
-                self._copy(spec, place, lambda part=part: _copy_of(data, part))  # type: ignore[misc] - as above
-            else:
-                self.plan.pieces.append(Piece(spec, lambda part=part: _copy_of(data, part), place))  # type: ignore[misc]
+            self._copy(spec, box if part is None else _within(box, part), functools.partial(_copy_of, data, part))
 
     def _copy(self, spec: ArraySpec, box: Box | None, copy: Callable[[], Array]) -> None:
         if not self._lasting:

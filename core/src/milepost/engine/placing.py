@@ -8,17 +8,21 @@ shapes must agree, numbers may change their width but not their kind (floats do 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from milepost.dtypes import can_cast, dtype_named
-from milepost.manifest import ArrayLeaf
 from milepost.metadata import ArrayMetadata, NumpyMetadata
 from milepost.shardings import revive
-from milepost.trees import Handlers
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from milepost.manifest import ArrayLeaf
+    from milepost.trees import Handlers
 
 __all__ = ["DEFAULT_DEVICE", "HOST", "SKIP", "Wanted", "found_here", "want_as_saved", "want_as_target"]
 
@@ -101,11 +105,11 @@ def want_as_target(leaf: Mapping[str, Any], target: Any, shardings: list[Any], h
 
 
 def _is_array_like(target: Any) -> bool:
-    return hasattr(target, "shape") and hasattr(target, "dtype") or type(target) in _PYTHON_TYPES
+    return (hasattr(target, "shape") and hasattr(target, "dtype")) or type(target) in _PYTHON_TYPES
 
 
 def _is_key(target: Any) -> bool:
-    return hasattr(target, "dtype") and jax.dtypes.issubdtype(target.dtype, jax.dtypes.prng_key)
+    return hasattr(target, "dtype") and jnp.issubdtype(target.dtype, jax.dtypes.prng_key)
 
 
 def _shape_of(leaf: Mapping[str, Any]) -> tuple[int, ...] | None:
@@ -132,7 +136,7 @@ def _words(leaf: Mapping[str, Any]) -> str:
 def _want_key(leaf: Mapping[str, Any], target: Any, shardings: list[Any]) -> Wanted | str:
     if "key_impl" not in leaf or not _is_key(target):
         there = f"random keys of {leaf['key_impl']}" if "key_impl" in leaf else _words(leaf)
-        return f"saved as {there}, the target has a {type(target).__qualname__} of dtype {getattr(target, 'dtype', None)}"
+        return f"saved as {there}, the target has a {type(target).__qualname__} {getattr(target, 'dtype', '')}"
     data: ArrayLeaf = leaf["arrays"][""]
     wanted = (*target.shape, *jax.eval_shape(jax.random.key_data, target).shape[len(target.shape) :])
     if data.shape != wanted:

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
 import re
-from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from milepost import urls
 from milepost.errors import (
@@ -27,9 +25,14 @@ from milepost.plugins import Plugins, installed
 from milepost.protocols import COMMIT_OBJECT, Storage
 from milepost.routes import OpenRoute, Route, open_route, resolve
 
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator
+
 __all__ = ["Checkpoint", "Entry", "choose_item", "find", "list_checkpoints", "open_checkpoint", "read_manifest"]
 
 _MANIFEST_LIMIT = 1 << 30
+_RECOGNISABLE = 5
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,7 +86,7 @@ def read_manifest(route: Route, body: bytes) -> Manifest:
 
 
 def find(route: OpenRoute) -> tuple[str, bytes]:
-    """Return the prefix of the checkpoint and the body of its commit object, or raise what explains why there is none."""
+    """Return the checkpoint's prefix and the body of its commit object, or raise what explains why there is none."""
     name = route.route.name
     body = _commit_object(route.storage, f"{name}/")
     if body is not None:
@@ -115,10 +118,9 @@ def _names(storage: Storage, prefix: str) -> list[str]:
 def _explained(storage: Storage, route: Route) -> InvalidLayoutError:
     inside = _names(storage, f"{route.name}/")
     if inside:
-        return noted(
-            InvalidLayoutError(f"cannot open {route.url!r}: it has no {COMMIT_OBJECT}: {_looks_like(storage, route, inside)}"),
-            *_near_by(storage, route),
-        )
+        looks = _looks_like(storage, route, inside)
+        error = InvalidLayoutError(f"cannot open {route.url!r}: it has no {COMMIT_OBJECT}: {looks}")
+        return noted(error, *_near_by(storage, route))
     around = _names(storage, "")
     there = "it is a file, not a checkpoint" if route.name in around else "nothing is there"
     if not around:
@@ -142,7 +144,7 @@ def _looks_like(storage: Storage, route: Route, inside: list[str]) -> str:
     for pattern, words in _LOOKS:
         if any(re.fullmatch(pattern, name) for name in inside):
             return words
-    shown = ", ".join(map(repr, inside[:5])) + (", ..." if len(inside) > 5 else "")  # noqa: PLR2004 - enough to recognise
+    shown = ", ".join(map(repr, inside[:_RECOGNISABLE])) + (", ..." if len(inside) > _RECOGNISABLE else "")
     return f"it holds {shown}"
 
 
@@ -180,14 +182,16 @@ def choose_item(manifest: Manifest, name: str, where: str) -> tuple[str, Item]:
     if name == "AUTO" and manifest.items:
         name = "state" if "state" in manifest.items else min(manifest.items)
     if name not in manifest.items:
-        raise ItemNotFoundError(f"cannot load item {name!r} of {where!r}: it has {', '.join(map(repr, manifest.items))}")
+        there = ", ".join(map(repr, manifest.items)) or "none"
+        raise ItemNotFoundError(f"cannot load item {name!r} of {where!r}: it has {there}")
     return name, manifest.items[name]
 
 
 def list_checkpoints(path: str | os.PathLike[str], plugins: Plugins | None = None) -> list[Entry]:
     """Return the checkpoints directly below a root, numbered names in numeric order, the others after them.
 
-    A checkpoint whose manifest cannot be read is listed with its error. Raises `NotFoundError` if nothing is at the root.
+    A checkpoint whose manifest cannot be read is listed with its error. Raises `NotFoundError` if nothing is at the
+    root.
     """
     root = urls.locate(path)
     route = open_route(resolve(urls.join(root, "_"), plugins), plugins or installed())
@@ -210,4 +214,3 @@ def _entry(storage: Storage, root: str, name: str) -> Entry | None:
 
 def _natural(name: str) -> tuple[Any, ...]:
     return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part)
-

@@ -7,11 +7,15 @@ says what was meant to be stored.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from milepost.checksums import Running
 from milepost.manifest import FileEntry
-from milepost.protocols import Buffer, Storage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from milepost.protocols import Buffer, Storage
 
 __all__ = ["RecordingStorage"]
 

@@ -1,7 +1,7 @@
 """How a save goes, from the caller's tree to a checkpoint that exists.
 
-The rule: everything that can be refused is refused before a byte is written; whatever fails before the commit point leaves
-no checkpoint and removes what it wrote; nothing after the commit point can turn success into failure.
+The rule: everything that can be refused is refused before a byte is written; whatever fails before the commit point
+leaves no checkpoint and removes what it wrote; nothing after the commit point can turn success into failure.
 
     prepare    resolve the route, take the trees apart, refuse what cannot be saved
     begin      one host looks whether the name is free, and opens an attempt
@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
-import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from milepost import manifest as manifests
 from milepost.attempts import new_attempt
@@ -35,6 +34,10 @@ from milepost.plugins import Plugins, installed
 from milepost.protocols import COMMIT_OBJECT, ArrayIO, Hosts, Json, Location, Staging, WriteOptions
 from milepost.routes import OpenRoute, open_route, resolve
 from milepost.trees import Handlers, Taken, take_apart
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Iterator, Mapping
 
 __all__ = ["Save", "SaveRequest"]
 
@@ -88,36 +91,46 @@ class Save:
 
         With `lasting`, the caller goes on once the snapshot is complete, while `finish` still runs.
         """
+        self._lasting = lasting
         with self._clock.phase("prepare"):
-            self._open = open_route(resolve(self._request.path, self._plugins, writing=True), self._plugins)
-            self._custom_metadata = _plain_json(self._request.custom_metadata, "custom_metadata")
-            self._metrics = _plain_json(self._request.metrics, "metrics")
-            handlers = Handlers(self._plugins.leaf_handlers())
-            taken = {name: take_apart(tree, handlers) for name, tree in self._request.items.items()}
-            self._arrays = self._array_writer()
-            budget = self._open.route.save_budget or automatic_budget(lasting=lasting)
-            self._options = WriteOptions(budget, self._open.route.threads)
+            self._hosts.together("prepare", self._refuse)
         with self._clock.phase("begin"):
             self._began = time.time_ns()
             self._attempt = self._hosts.decide("begin", self._begin)
         with self._clock.phase("snapshot"):
-            self._plans = {name: self._plan(tree, lasting=lasting) for name, tree in taken.items()}
-            self._leaves = {name: _Leaves(tree) for name, tree in taken.items()}
-            # From here on only the plan refers to arrays, so that each can go as soon as it is written or copied.
-            self._request = dataclasses.replace(self._request, items={})
+            self._hosts.together("plan", self._plan)
         self._tell("save_started")
         return self._snapshot
+
+    def _refuse(self) -> None:
+        self._open = open_route(resolve(self._request.path, self._plugins, writing=True), self._plugins)
+        self._custom_metadata = _plain_json(self._request.custom_metadata, "custom_metadata")
+        self._metrics = _plain_json(self._request.metrics, "metrics")
+        self._arrays = self._array_writer()
+        handlers = Handlers(self._plugins.leaf_handlers())
+        self._taken = {name: take_apart(tree, handlers) for name, tree in self._request.items.items()}
 
     def _array_writer(self) -> ArrayIO:
         route = self._open.route
         writer: ArrayIO = self._plugins.arrays(route.arrays)(**route.arrays_options)
         return writer
 
-    def _plan(self, taken: Taken, *, lasting: bool) -> Plan:
-        arrays = [parts.arrays for parts in taken.parts]
+    def _plan(self) -> None:
+        route = self._open.route
+        budget = route.save_budget or automatic_budget(lasting=self._lasting)
+        self._options = WriteOptions(budget, route.threads)
         # A writer holds one piece in each thread, so that a piece may be as large as its share of the budget.
-        share = max(1, self._options.budget // (self._options.threads + 1))
-        return plan_arrays(taken.names, arrays, self._hosts, share, lasting=lasting)
+        share = max(1, budget // (route.threads + 1))
+        self._plans = {
+            name: plan_arrays(
+                taken.names, [parts.arrays for parts in taken.parts], self._hosts, share, lasting=self._lasting
+            )
+            for name, taken in self._taken.items()
+        }
+        self._leaves = {name: _Leaves(taken) for name, taken in self._taken.items()}
+        # From here on only the plans refer to arrays, so that each can go as soon as it is written or copied.
+        self._taken = {}
+        self._request = dataclasses.replace(self._request, items={})
 
     def _snapshot(self) -> None:
         began = time.perf_counter()
@@ -166,19 +179,16 @@ class Save:
         for name, plan in self._plans.items():
             storage = RecordingStorage(self._open.storage, staging.prefix, staging.data)
             location = self._location(storage, staging, name)
-            self._hosts.decide(f"create {name}", lambda location=location, plan=plan: self._create(location, plan))  # type: ignore[misc] - mypy cannot type defaults
-
-            def act(location: Location = location, plan: Plan = plan, storage: RecordingStorage = storage) -> Any:
-                record = self._arrays.write(location, plan.pieces, self._options)
-                return {"record": record, "files": [dataclasses.asdict(file) for file in storage.files()]}
-
-            answers = self._hosts.together(f"write {name}", act)
+            self._hosts.decide(f"create {name}", functools.partial(self._arrays.create, location, plan.specs))
+            write = functools.partial(self._write_item, location, storage, plan)
+            answers = self._hosts.together(f"write {name}", write)
             files += [FileEntry(**file) for answer in answers for file in answer["files"]]
             items[name] = self._item(name, plan, staging, [answer["record"] for answer in answers])
         return items, files
 
-    def _create(self, location: Location, plan: Plan) -> None:
-        self._arrays.create(location, plan.specs)
+    def _write_item(self, location: Location, storage: RecordingStorage, plan: Plan) -> dict[str, Any]:
+        record = self._arrays.write(location, plan.pieces, self._options)
+        return {"record": record, "files": [dataclasses.asdict(file) for file in storage.files()]}
 
     def _location(self, storage: RecordingStorage, staging: Staging, item: str) -> Location:
         prefix = f"{staging.prefix}{item}/"
@@ -203,9 +213,9 @@ class Save:
             custom_metadata=self._custom_metadata,
             metrics=self._metrics,
         )
-        body = manifests.encode(manifest)
 
         def publish() -> None:
+            body = manifests.encode(manifest)
             self._open.commit.publish(self._open.storage, staging, body, overwrite=self._request.overwrite)
 
         self._hosts.decide("commit", publish)
@@ -216,7 +226,7 @@ class Save:
             return
         try:
             self._open.commit.abandon(self._open.storage, staging)
-        except Exception:  # noqa: BLE001 - the failure that led here is the one to report; a sweep removes the rest
+        except Exception:
             _logger.warning("could not remove what the failed save of %s wrote", self._open.route.url, exc_info=True)
 
     def _tell(self, hook: str, *, size: int = 0, error: BaseException | None = None) -> None:
@@ -258,4 +268,3 @@ def _written_by(hosts: int) -> dict[str, Any]:
     from milepost import __version__
 
     return {"milepost": __version__, "python": platform.python_version(), "host": platform.node(), "hosts": hosts}
-

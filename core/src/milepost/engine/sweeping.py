@@ -7,13 +7,17 @@ half of a checkpoint.
 
 from __future__ import annotations
 
-import os
+from typing import TYPE_CHECKING
 
 from milepost import urls
 from milepost.attempts import DAY
 from milepost.plugins import Plugins, installed
-from milepost.protocols import Leftover
 from milepost.routes import open_route, resolve
+
+if TYPE_CHECKING:
+    import os
+
+    from milepost.protocols import Leftover
 
 __all__ = ["leftovers", "sweep"]
 

@@ -18,5 +18,5 @@ import pytest
 
 __all__: list[str] = []
 
-# A failing `assert` of a contract shows its values, as those in the test files do; pytest has to know before the import.
+# A failing `assert` of a contract shows its values, as those in the test files do; pytest has to know beforehand.
 pytest.register_assert_rewrite("milepost.testing.storage", "milepost.testing.commit")

@@ -1,4 +1,4 @@
-"""Storages on which things go wrong at a chosen moment: the power is cut, a reply is lost, another writer comes between.
+"""Storages on which things go wrong at a chosen moment: the power is cut, a reply is lost, another writer is quicker.
 
 The rule: a fault sits between two changes of the storage, and every such place is tried; nothing is left to luck or to
 sleeping. Wrappers offer exactly the extension protocols of the storage they wrap. Removing everything below a prefix is
@@ -12,7 +12,7 @@ import contextlib
 import functools
 import itertools
 import threading
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 from milepost.errors import NotFoundError, StorageError
 from milepost.protocols import (
@@ -62,17 +62,31 @@ def keys(storage: Storage, prefix: str = "") -> list[str]:
     return found
 
 
+class _Everything(
+    Storage,
+    CreatesOnly,
+    ReplacesObjects,
+    RenamesPrefixes,
+    ExchangesPrefixes,
+    SyncsPrefixes,
+    ReadsInto,
+    MapsFiles,
+    Protocol,
+):
+    """A storage as far as its wrapper asks for more only where it knows that there is more."""
+
+
 class WrappedStorage:
     """A storage that passes everything on, through `ask` and `change`; an instance has the wrapped one's extensions."""
 
-    wrapped: Any
-
     def __new__(cls, storage: Storage, *_args: object, **_options: object) -> Self:
         """Make an instance of a subclass that has the extension protocols of the storage."""
-        return super().__new__(_extended(cls, tuple(kind for kind in _EXTENSIONS if isinstance(storage, kind))))
+        base: Any = cls
+        made: Self = object.__new__(_extended(base, tuple(kind for kind in _EXTENSIONS if isinstance(storage, kind))))
+        return made
 
     def __init__(self, storage: Storage) -> None:
-        self.wrapped = storage
+        self.wrapped = cast("_Everything", storage)
         self.url = storage.url
         self.commit = storage.commit
 
@@ -159,7 +173,9 @@ _EXTENSIONS: dict[type, type] = {
 
 @functools.cache
 def _extended(cls: type, kinds: tuple[type, ...]) -> type[Any]:
-    return type(cls.__name__, (cls, *(_EXTENSIONS[kind] for kind in kinds)), {})
+    mixins = [_EXTENSIONS[kind] for kind in kinds]
+    # What a wrapper of somebody's own overrides comes first; the base of all has to come last.
+    return type(cls.__name__, (*mixins, cls) if cls is WrappedStorage else (cls, *mixins), {})
 
 
 class CuttingStorage(WrappedStorage):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import os
 import pprint
-from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from milepost.errors import InvalidLayoutError, RequestError, noted
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from types import TracebackType
+
     from upath import UPath
 
     from milepost.engine.saving import Save
@@ -43,7 +45,9 @@ class AsyncResponse(Protocol[T_co]):
         """Return itself."""
         ...
 
-    def __exit__(self, *details: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None:
         """Wait; raise the failure unless another exception is on its way, which then gets a note."""
         ...
 
@@ -91,12 +95,12 @@ class CheckpointMetadata(Generic[T]):
         return self._commit_timestamp_nsecs
 
     @property
-    def init_timestamp(self) -> datetime.datetime | None:
+    def init_timestamp(self) -> dt.datetime | None:
         """When the save began, in UTC."""
         return _utc(self._init_timestamp_nsecs)
 
     @property
-    def commit_timestamp(self) -> datetime.datetime | None:
+    def commit_timestamp(self) -> dt.datetime | None:
         """When the checkpoint came to exist, in UTC."""
         return _utc(self._commit_timestamp_nsecs)
 
@@ -115,8 +119,8 @@ class CheckpointMetadata(Generic[T]):
         return f"CheckpointMetadata({pprint.pformat(shown)})"
 
 
-def _utc(nsecs: int | None) -> datetime.datetime | None:
-    return None if nsecs is None else datetime.datetime.fromtimestamp(nsecs / 1e9, datetime.UTC)
+def _utc(nsecs: int | None) -> dt.datetime | None:
+    return None if nsecs is None else dt.datetime.fromtimestamp(nsecs / 1e9, dt.UTC)
 
 
 def _item_name(name: str) -> str:
@@ -170,8 +174,8 @@ def save_async(
 ) -> AsyncResponse[None]:
     """Save a tree in the background; returns when the caller may donate or overwrite anything.
 
-    Arguments and errors are those of `save`: what can be refused is raised at once, what fails later by `result()`, else by
-    the next call, else when the process ends, which then fails. A save waits for the one before.
+    Arguments and errors are those of `save`: what can be refused is raised at once, what fails later by `result()`,
+    else by the next call, else when the process ends, which then fails. A save waits for the one before.
     """
     from milepost.engine.background import of_this_process
 
@@ -211,7 +215,9 @@ def _raise_failures() -> None:
     of_this_process().check()
 
 
-def load(path: str | os.PathLike[str], abstract_state: Any = _UNSET, *, checkpointable_name: str | None = "AUTO") -> Any:
+def load(
+    path: str | os.PathLike[str], abstract_state: Any = _UNSET, *, checkpointable_name: str | None = "AUTO"
+) -> Any:
     """Load a tree: as it was saved, or into a target.
 
     Args:
@@ -248,8 +254,8 @@ def load_async(
 def metadata(path: str | os.PathLike[str], checkpointable_name: str | None = "AUTO") -> CheckpointMetadata[Any]:
     """Return what is known of a checkpoint without loading it; touches no device and needs no JAX.
 
-    `metadata` of the result is the saved tree with, for each leaf, an `ArrayMetadata` or `NumpyMetadata`, or for Python's
-    scalars and strings a value of their type. Raises what `load` raises for a path that is no checkpoint.
+    `metadata` of the result is the saved tree with, for each leaf, an `ArrayMetadata` or `NumpyMetadata`, or for
+    Python's scalars and strings a value of their type. Raises what `load` raises for a path that is no checkpoint.
     """
     from upath import UPath
 

@@ -1,6 +1,6 @@
 """The packed array writer: all arrays of a host in a few large safetensors files, aligned, checked, mappable.
 
-The rule: a file is valid safetensors that any reader of the format opens, and what milepost needs beyond it stands in the
+The rule: a file is valid safetensors that any reader of the format opens; what milepost needs beyond that stands in the
 record that `write` returns. docs/reference/packed-format.md describes both.
 """
 

@@ -6,6 +6,7 @@ multiples of 64, so that a mapped file can be used in place, except arrays too s
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 import json
@@ -107,7 +108,8 @@ class Blocks(NamedTuple):
         return outer, run * self.run
 
 
-def blocks(shape: Sequence[int], itemsize: int) -> Blocks:
+@functools.lru_cache(1024)
+def blocks(shape: tuple[int, ...], itemsize: int) -> Blocks:
     """Cut an array into contiguous boxes of at most 4 MiB, in C order: the unit of checksums.
 
     The first axis whose rows fit is cut into runs of rows; the axes before it are stepped one by one.
@@ -215,9 +217,10 @@ def tensor_name(name: str, box: Box | None) -> str:
 # --- boxes -----------------------------------------------------------------------------------------------------------
 
 
-def whole(shape: Sequence[int]) -> Box:
+@functools.lru_cache(1024)
+def whole(shape: tuple[int, ...]) -> Box:
     """Return the box of a whole array."""
-    return Box((0,) * len(shape), tuple(shape))
+    return Box((0,) * len(shape), shape)
 
 
 def intersect(one: Box, other: Box) -> Box | None:

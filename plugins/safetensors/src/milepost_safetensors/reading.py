@@ -148,16 +148,16 @@ class _Reader:
     def _plan(self, batch: Sequence[_Wanted]) -> list[_Task]:
         """Turn a batch into reads: groups of small pieces that lie close together, and blocks of large ones."""
         tasks: list[_Task] = []
-        uses: dict[tuple[str, int], tuple[Stored, _Users]] = {}
+        uses: dict[int, tuple[Stored, _Users]] = {}
         for one in batch:
             if self._mapper is not None and self._map(one, tasks):
                 continue
             if len(one.parts) != 1 or one.parts[0][0].nbytes >= SMALL or one.parts[0][0].box != one.box:
                 one.allocate()
             for piece, part in one.parts:
-                uses.setdefault((piece.file.name, piece.offset), (piece, []))[1].append((one, part))
+                uses.setdefault(id(piece), (piece, []))[1].append((one, part))
         groups: list[list[tuple[Stored, _Users]]] = []
-        for _, (piece, users) in sorted(uses.items(), key=lambda item: item[0]):
+        for piece, users in sorted(uses.values(), key=lambda use: (use[0].file.name, use[0].offset)):
             if piece.nbytes >= SMALL:
                 tasks.extend(self._blocks(piece, users))
             elif groups and _near(groups[-1], piece):

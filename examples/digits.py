@@ -21,7 +21,6 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import milepost
 import numpy as np
 import optax
@@ -44,7 +43,7 @@ def fresh() -> tuple[dict[str, Any], Any]:
 
 
 @eqx.filter_jit
-def update(state: dict[str, Any], static: Any, pixels: jax.Array, labels: jax.Array) -> dict[str, Any]:
+def update(state: dict[str, Any], static: Any, pixels: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """Take one step on one batch; the place in the data is not the compiled program's business."""
     key, noise_key = jax.random.split(state["key"])
     noisy = pixels + 0.1 * jax.random.normal(noise_key, pixels.shape)
@@ -66,7 +65,7 @@ def newest(directory: Path) -> Path | None:
 def train(directory: Path) -> None:
     """Train from the newest checkpoint, or from the beginning, to the end; save on the way."""
     pixels, labels = load_digits(return_X_y=True)
-    pixels, labels = jnp.asarray(pixels / 16, jnp.float32), jnp.asarray(labels)
+    pixels = (pixels / 16).astype(np.float32)
     held_out = len(labels) // 5
 
     state, static = fresh()
@@ -148,7 +147,7 @@ def main() -> None:
         print(f"started again: {lines[0].replace(' ', ' from step ')}, accuracy {resumed['accuracy']:.1%}")
 
     identical = whole["digest"] == resumed["digest"]
-    print(f"model, optimizer, key and position are {'identical, bit for bit' if identical else 'NOT IDENTICAL'}")
+    print("model, optimizer, key and position are", "identical, bit for bit" if identical else "NOT IDENTICAL")
     sys.exit(0 if identical and lines[0].startswith("resumed") else 1)
 
 

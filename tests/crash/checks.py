@@ -5,7 +5,9 @@ The rule: what a subject's own `load` says counts only if an independent reading
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -17,7 +19,7 @@ from crash.subjects import state
 if TYPE_CHECKING:
     from crash.subjects import State, Subject
 
-__all__ = ["Found", "TornError", "check", "holdings"]
+__all__ = ["Found", "TornError", "check", "holdings", "memory"]
 
 Found = dict[str, str | None]
 """By name, the label of what the checkpoint holds; None where there is none."""
@@ -38,17 +40,18 @@ def check(subject: Subject, root: Path, allowed: Mapping[str, Collection[str | N
     for name, label in found.items():
         if label not in allowed[name]:
             raise TornError(f"{name!r} holds {label!r}, may hold {allowed[name]!r}: {_listing(root)}")
-    swept, retried = root.with_name("swept"), root.with_name("retried")
-    for copy in (swept, retried):
-        shutil.copytree(root, copy, symlinks=True)
-    try:
+    with tempfile.TemporaryDirectory(dir=memory()) as scratch:
+        swept = shutil.copytree(root, Path(scratch, "swept"), symlinks=True)
         _sweep(subject, swept, found)
         _save_again(subject, swept, found)
+        retried = shutil.copytree(root, Path(scratch, "retried"), symlinks=True)
         _sweep(subject, retried, _save_again(subject, retried, found))
-    finally:
-        shutil.rmtree(swept)
-        shutil.rmtree(retried)
     return found
+
+
+def memory() -> str | None:
+    """Return a folder whose files are in memory; None, for the usual one, where this machine has none."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108 (folders made in it have names of their own)
 
 
 def holdings(subject: Subject, root: Path, names: Collection[str]) -> Found:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from crash import counter, machine
+from crash import checks, counter, machine
 
-__all__ = ["disk", "library", "server"]
+__all__ = ["disk", "folder", "library", "server"]
 
 
 @pytest.fixture(scope="session")
@@ -38,20 +38,26 @@ def server(library: Path) -> Iterator[machine.Server]:
         yield server
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> machine.Folder:
+    """Return a place for runs on the disk of this machine."""
+    return machine.Folder(tmp_path)
+
+
 @pytest.fixture(params=["ext4", "xfs"])
 def disk(request: pytest.FixtureRequest, library: Path) -> Iterator[machine.Disk]:
     """Return a disk that can lose its power."""
     if os.geteuid():
         pytest.skip("only root can mount a file system and let it lose its power")
     # In memory where possible: what is lost is what the file system under test did not write, not what the host did.
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+    with tempfile.TemporaryDirectory(dir=checks.memory()) as folder:
         yield _disk(request.param, Path(folder))
 
 
 def _disk(kind: str, folder: Path) -> machine.Disk:
     try:
         disk = machine.Disk.make(kind, folder)
-        with disk.fresh():
+        with disk.room(0):
             pass
     except FileNotFoundError as error:
         pytest.skip(f"no {kind} can be made on this machine: {error}")

@@ -6,6 +6,7 @@ gets through, so that it is complete whatever a save does and however many threa
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
@@ -23,7 +24,7 @@ from typing import IO
 
 from crash import checks, counter, subjects
 
-__all__ = ["Disk", "Outcome", "Point", "Server", "started", "survey", "survey_power"]
+__all__ = ["Disk", "Folder", "Outcome", "Point", "Server", "started", "survey"]
 
 MANY = 400
 """More changes than a small save may make; a survey that gets here does not end."""
@@ -43,6 +44,15 @@ class Outcome:
     def ended(self) -> bool:
         """Whether the process was ended inside the save."""
         return self.returned is None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Run:
+    """One run: what was planned for it, how it ended, and the folder that it left."""
+
+    plan: counter.Plan
+    outcome: Outcome
+    root: Path
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -110,63 +120,75 @@ def _warm_up(server: Server) -> None:
             server.of(subject).run("overwrite", Path(folder, subject), counter.Plan())
 
 
-def survey(server: Server, scenario: str, folder: Path, plan: Callable[[int], counter.Plan]) -> Iterator[Point]:
-    """Follow `plan(1)`, `plan(2)`, ... until a save ends before what was planned for it; check after each."""
-    for planned in itertools.takewhile(_is_bearable, map(plan, itertools.count(1))):
-        root = folder / "root"
-        outcome = server.run(scenario, root, planned)
-        yield _check(server, scenario, root, planned, outcome)
-        shutil.rmtree(root)
-        if not outcome.ended and outcome.counted < planned.last:
-            return
-
-
-def survey_power(
-    server: Server, scenario: str, disk: Disk, plan: Callable[[int], counter.Plan]
+def survey(
+    server: Server, scenario: str, place: Folder | Disk, plan: Callable[[int], counter.Plan]
 ) -> Iterator[Point]:
-    """Do as `survey`, on a disk that is fresh each time and that is looked at after it was mounted again."""
-    for planned in itertools.takewhile(_is_bearable, map(plan, itertools.count(1))):
-        root = disk.folder / "found"
-        with disk.fresh() as mount:
-            outcome = server.run(scenario, mount / "root", planned, mount)
-        with disk.again() as mount:
-            shutil.copytree(mount / "root", root)
-        yield _check(server, scenario, root, planned, outcome)
-        shutil.rmtree(root)
-        if not outcome.ended:
-            return
+    """Follow `plan(1)`, `plan(2)`, ... until a save ends before what was planned for it; check after each.
+
+    While one is checked, the next runs: the checks take as long as the saves.
+    """
+    numbers = itertools.count(1)
+
+    def run() -> Run:
+        number = next(numbers)
+        planned = plan(number)
+        assert planned.last < MANY, "this save never gets through"
+        with place.room(number) as (root, mount):
+            outcome = server.run(scenario, root, planned, mount)
+        return Run(planned, outcome, place.found(number))
+
+    with concurrent.futures.ThreadPoolExecutor(1) as ahead:
+        running = ahead.submit(run)
+        done = False
+        while not done:
+            current = running.result()
+            done = not current.outcome.ended and current.outcome.counted < current.plan.last
+            running = running if done else ahead.submit(run)
+            yield _check(server, scenario, current)
+            shutil.rmtree(current.root)
 
 
-def _is_bearable(plan: counter.Plan) -> bool:
-    assert plan.last < MANY, "this save never gets through"
-    return True
-
-
-def _check(server: Server, scenario: str, root: Path, plan: counter.Plan, outcome: Outcome) -> Point:
+def _check(server: Server, scenario: str, run: Run) -> Point:
     known = subjects.SCENARIOS[scenario]
-    may_be = {None: {known.before, known.after}, True: {known.after}, False: {known.before}}[outcome.returned]
-    if "OutcomeUnknownError" in outcome.kinds:
+    may_be = {None: {known.before, known.after}, True: {known.after}, False: {known.before}}[run.outcome.returned]
+    if "OutcomeUnknownError" in run.outcome.kinds:
         may_be = {known.before, known.after}
     try:
-        found = checks.check(subjects.SUBJECTS[server.subject], root, {"1": {"older"}, "2": may_be})
+        found = checks.check(subjects.SUBJECTS[server.subject], run.root, {"1": {"older"}, "2": may_be})
     except Exception as error:
-        error.add_note(f"this was found after {plan!r} and {outcome!r}")
+        error.add_note(f"this was found after {run.plan!r} and {run.outcome!r}")
         raise
-    left = {entry.name for entry in root.iterdir()} - {name for name, label in found.items() if label}
-    return Point(outcome, found["2"], frozenset(left))
+    left = {entry.name for entry in run.root.iterdir()} - {name for name, label in found.items() if label}
+    return Point(run.outcome, found["2"], frozenset(left))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Folder:
+    """A folder of this machine, whose processes die and whose disk goes on."""
+
+    path: Path
+
+    @contextlib.contextmanager
+    def room(self, number: int) -> Iterator[tuple[Path, Path]]:
+        """Give a run a root that does not exist, and the place whose power its plan may cut."""
+        yield self.path / f"root-{number}", self.path
+
+    def found(self, number: int) -> Path:
+        """Return where what the run left can be looked at, and removed."""
+        return self.path / f"root-{number}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Disk:
-    """A file system in a file, which can lose its power; `pristine` is the file as it was made."""
+    """A file system in a file, fresh for each run, which can lose its power; looked at after it is mounted again."""
 
     pristine: Path
-    folder: Path
+    path: Path
 
     @classmethod
-    def make(cls, kind: str, folder: Path) -> Disk:
+    def make(cls, kind: str, path: Path) -> Disk:
         """Make a file system; raises CalledProcessError or FileNotFoundError where this machine cannot."""
-        pristine = folder / f"pristine.{kind}"
+        pristine = path / f"pristine.{kind}"
         size, command = {
             "ext4": (24 << 20, ["mkfs.ext4", "-q", "-F", str(pristine)]),
             "xfs": (320 << 20, ["mkfs.xfs", "-q", "-f", str(pristine)]),
@@ -174,19 +196,23 @@ class Disk:
         with pristine.open("wb") as file:
             file.truncate(size)
         _run(command)
-        return cls(pristine, folder)
+        return cls(pristine, path)
 
     @contextlib.contextmanager
-    def fresh(self) -> Iterator[Path]:
-        """Mount the file system as it was made."""
+    def room(self, number: int) -> Iterator[tuple[Path, Path]]:
+        """Give a run a root that does not exist, and the place whose power its plan may cut."""
         _run(["cp", "--sparse=always", str(self.pristine), str(self._image)])
-        with self.again() as mount:
-            yield mount
+        with self._mounted() as mount:
+            yield mount / "root", mount
+
+    def found(self, number: int) -> Path:
+        """Return where what the run left can be looked at, and removed: a copy, made after the journal was played back."""
+        with self._mounted() as mount:
+            return shutil.copytree(mount / "root", self.path / f"root-{number}")
 
     @contextlib.contextmanager
-    def again(self) -> Iterator[Path]:
-        """Mount the file system as it is now: what its last user left, after its journal is played back."""
-        mount = self.folder / "mount"
+    def _mounted(self) -> Iterator[Path]:
+        mount = self.path / "mount"
         mount.mkdir(exist_ok=True)
         _run(["mount", "-o", "loop", str(self._image), str(mount)])
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from crash.counter import FLUSH_AND_CUT, Plan
-from crash.machine import survey, survey_power
+from crash.machine import survey
 
 __all__: list[str] = []
 
@@ -39,9 +39,9 @@ def cut(number: int) -> Plan:
         ("sweeps too much", "save", kill, "after the sweep"),
     ],
 )
-def test_a_saver_with_one_thing_wrong_is_caught(server, saver, scenario, plan, found, tmp_path) -> None:
+def test_a_saver_with_one_thing_wrong_is_caught(server, saver, scenario, plan, found, folder) -> None:
     with pytest.raises(AssertionError, match=found):
-        for _ in survey(server.of(saver), scenario, tmp_path, plan):
+        for _ in survey(server.of(saver), scenario, folder, plan):
             pass
 
 
@@ -55,16 +55,16 @@ def test_a_saver_with_one_thing_wrong_is_caught(server, saver, scenario, plan, f
 )
 def test_a_saver_with_one_thing_wrong_is_caught_when_the_power_is_cut(server, disk, saver, scenario, found) -> None:
     with pytest.raises(AssertionError, match=found):
-        for _ in survey_power(server.of(saver), scenario, disk, cut):
+        for _ in survey(server.of(saver), scenario, disk, cut):
             pass
 
 
 @pytest.mark.parametrize("scenario", ["save", "overwrite"])
 @pytest.mark.parametrize("plan", [kill, shorten])
-def test_the_right_sequence_passes(server, scenario, plan, tmp_path) -> None:
-    assert len([*survey(server.of("toy"), scenario, tmp_path, plan)]) > 1
+def test_the_right_sequence_passes(server, scenario, plan, folder) -> None:
+    assert len([*survey(server.of("toy"), scenario, folder, plan)]) > 1
 
 
 @pytest.mark.root
 def test_the_right_sequence_passes_when_the_power_is_cut(server, disk) -> None:
-    assert {None, "new"} == {point.label for point in survey_power(server.of("toy"), "save", disk, cut)}
+    assert {None, "new"} == {point.label for point in survey(server.of("toy"), "save", disk, cut)}

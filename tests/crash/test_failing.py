@@ -17,8 +17,8 @@ SCENARIOS = ["save", "save_async", "overwrite"]
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_a_storage_full_from_any_change_on_is_told_and_nothing_is_left_behind(server, scenario, tmp_path) -> None:
-    points = survey(server.of("milepost"), scenario, tmp_path, lambda n: Plan(fail_at=n, fail_from=True))
+def test_a_storage_full_from_any_change_on_is_told_and_nothing_is_left_behind(server, scenario, folder) -> None:
+    points = survey(server.of("milepost"), scenario, folder, lambda n: Plan(fail_at=n, fail_from=True))
     for point in points:
         assert point.outcome.returned or {"StorageFullError", "OutcomeUnknownError"} & {*point.outcome.kinds}
         assert point.outcome.returned or not point.left, point.outcome.error
@@ -26,13 +26,13 @@ def test_a_storage_full_from_any_change_on_is_told_and_nothing_is_left_behind(se
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=["full", "broken"])
-def test_any_one_change_that_fails_is_told_or_does_no_harm(server, scenario, code, tmp_path) -> None:
-    points = [*survey(server.of("milepost"), scenario, tmp_path, lambda n: Plan(fail_at=n, fail_errno=code))]
+def test_any_one_change_that_fails_is_told_or_does_no_harm(server, scenario, code, folder) -> None:
+    points = [*survey(server.of("milepost"), scenario, folder, lambda n: Plan(fail_at=n, fail_errno=code))]
     assert {True, False} == {point.outcome.returned for point in points}
     errors = [point.outcome for point in points if not point.outcome.returned]
     assert all("MilepostError" in error.kinds for error in errors), errors
 
 
-def test_any_write_that_stores_half_is_continued(server, tmp_path) -> None:
-    points = [*survey(server.of("milepost"), "save", tmp_path, lambda n: Plan(short_at=n))]
+def test_any_write_that_stores_half_is_continued(server, folder) -> None:
+    points = [*survey(server.of("milepost"), "save", folder, lambda n: Plan(short_at=n))]
     assert {"new"} == {point.label for point in points}

@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 
 from crash.counter import CUT, FLUSH_AND_CUT, LIE_ABOUT_FILES, LIE_ABOUT_FOLDERS, Plan
-from crash.machine import Disk, Server, survey_power
+from crash.machine import Disk, Server, survey
 
 __all__: list[str] = []
 
@@ -20,13 +20,13 @@ pytestmark = [pytest.mark.gcc, pytest.mark.root]
     ("scenario", "before"), [("save", None), ("save_async", None), ("overwrite", "old")], ids=["new", "async", "overwrite"]
 )
 def test_power_cut_at_any_change_loses_nothing_that_was_saved(server, disk, scenario, before, how) -> None:
-    points = [*survey_power(server.of("milepost"), scenario, disk, lambda n: Plan(end_at=n, end_how=how))]
+    points = [*survey(server.of("milepost"), scenario, disk, lambda n: Plan(end_at=n, end_how=how))]
     assert {before, "new"} == {point.label for point in points}
     assert points[-1].outcome.returned, "no cut came after the save had returned"
 
 
 def survey_lied(server: Server, disk: Disk, plan: Plan) -> None:
-    lied = survey_power(server.of("milepost"), "save", disk, lambda n: dataclasses.replace(plan, end_at=n))
+    lied = survey(server.of("milepost"), "save", disk, lambda n: dataclasses.replace(plan, end_at=n))
     collections.deque(lied, maxlen=0)
 
 

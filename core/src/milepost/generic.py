@@ -17,13 +17,15 @@ import secrets
 from typing import TYPE_CHECKING, Any
 
 from milepost.errors import MilepostError, NotFoundError, StorageDeniedError, StorageError, StorageFullError
+from milepost.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from milepost.hookspecs import RegisterStorage
     from milepost.protocols import Buffer
 
-__all__ = ["FsspecStorage"]
+__all__ = ["FsspecStorage", "register_storage"]
 
 _UNCACHED = {"use_listings_cache": False, "skip_instance_cache": True}
 _SMALL = 8 << 20  # up to this size an object is sent in one request
@@ -31,6 +33,12 @@ _RENAMING = frozenset({"file", "local", "sftp", "ssh"})  # their `mv` replaces a
 _PART = re.compile(r"\.part-[0-9a-f]{12}$")  # the name of an object that is being written ends so
 _TRIES = 3
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@hookimpl
+def register_storage(register: RegisterStorage) -> None:
+    """Offer the storage for URLs that no package claims."""
+    register("fsspec", FsspecStorage)
 
 
 class FsspecStorage:

@@ -211,14 +211,20 @@ def make_custom(node: Mapping[str, Any], children: list[Any]) -> Any:
     cls = class_named(node["type"])
     if cls is None or "static" not in node:
         return plain(node, children)
-    leaf = jtu.tree_structure(0)
     try:
-        data = (cls, decode_static(node["static"]))
-        treedef = jtu.PyTreeDef.make_from_node_data_and_children(jtu.default_registry, data, [leaf] * len(children))
+        treedef = _treedef(cls, decode_static(node["static"]), len(children))
         return jtu.tree_unflatten(treedef, children)
-    except Exception:
+    except Exception:  # noqa: BLE001 - code of the class itself runs here; what it refuses is readable without it
         _logger.debug("cannot rebuild a %s; plain containers stand in", node["type"], exc_info=True)
         return plain(node, children)
+
+
+def _treedef(cls: type, static: Any, children: int) -> Any:
+    """Return the treedef of one node of a registered class with leaves below it."""
+    kind: Any = jtu.PyTreeDef
+    # Its name changed in JAX 0.7.
+    make = getattr(kind, "from_node_data_and_children", None) or kind.make_from_node_data_and_children
+    return make(jtu.default_registry, (cls, static), [jtu.tree_structure(0)] * children)
 
 
 # --- targets ---------------------------------------------------------------------------------------------------------

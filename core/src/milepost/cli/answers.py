@@ -1,7 +1,7 @@
 """How a command ends: with an answer or an error, on which stream, in which form, and with which exit code.
 
-The rule: stdout holds the answer and nothing else, with `--json` exactly one document; errors and warnings go to stderr;
-the exit code alone tells a script what to do. It follows the class of the error, never its text.
+The rule: stdout holds the answer and nothing else, with `--json` exactly one document; errors and warnings go to
+stderr; the exit code alone tells a script what to do. It follows the class of the error, never its text.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ def answering(body: Body) -> Callable[..., None]:
     # typer reads the parameters from here; it would otherwise follow the link to the body, which lacks the shared ones.
     signature = inspect.signature(body, eval_str=True)
     parameters = [*signature.parameters.values(), _JSON, _TRACEBACK]
-    del command.__wrapped__  # type: ignore[attr-defined]
-    command.__signature__ = signature.replace(parameters=parameters, return_annotation=None)
+    del command.__wrapped__
+    command.__signature__ = signature.replace(parameters=parameters, return_annotation=None)  # type: ignore[attr-defined]
     command.__annotations__ = {one.name: one.annotation for one in parameters}
     return command
 
@@ -124,8 +124,9 @@ def _print(answer: Answer, *, as_json: bool) -> None:
         else:
             answer.show(Page())
         sys.stdout.flush()
-    except BrokenPipeError:
-        # Whoever read has seen enough, as `head` does; the flush at exit must not complain either.
+    except (BrokenPipeError, SystemExit):
+        # Whoever read has seen enough, as `head` does, which rich would end the process for; the flush at exit must
+        # not complain either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

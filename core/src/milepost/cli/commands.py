@@ -41,6 +41,14 @@ Root = Annotated[str, typer.Argument(help="A folder or URL with checkpoints belo
 Path = Annotated[str, typer.Argument(help="The path or URL of a checkpoint.", show_default=False)]
 
 
+def _tell_version(wanted: bool) -> None:  # noqa: FBT001 - typer calls it
+    if wanted:
+        from milepost import __version__
+
+        typer.echo(f"milepost {__version__}")
+        raise typer.Exit
+
+
 def build() -> typer.Typer:
     """Return the application."""
     app = typer.Typer(
@@ -58,13 +66,12 @@ def build() -> typer.Typer:
 
 
 def _about(
-    *, version: Annotated[bool, typer.Option("--version", help="Print the version, and exit.", is_eager=True)] = False
+    *,
+    version: Annotated[  # noqa: ARG001 - its callback has acted on it
+        bool, typer.Option("--version", help="Print the version, and exit.", is_eager=True, callback=_tell_version)
+    ] = False,
 ) -> None:
-    if version:
-        from milepost import __version__
-
-        typer.echo(f"milepost {__version__}")
-        raise typer.Exit
+    pass
 
 
 # --- ls --------------------------------------------------------------------------------------------------------------

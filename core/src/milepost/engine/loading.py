@@ -22,7 +22,7 @@ from milepost.errors import DamagedError, ManifestError, NotFoundError, PluginNo
 from milepost.hookspecs import CheckpointEvent
 from milepost.plugins import Plugins, installed
 from milepost.protocols import Array, ArrayIO, Location, ReadOptions, ReadRequest
-from milepost.structure import build, leaf_names, leaf_paths, show_path
+from milepost.structure import Key, build, leaf_names, leaf_paths, show_path
 from milepost.trees import Handlers, Target, difference, make_custom, matching, target_leaves
 
 if TYPE_CHECKING:
@@ -93,9 +93,12 @@ class _Loader:
 
     def _match(self, target: Target, wanted: list[Wanted], places: list[int | None]) -> Iterator[str]:
         """Fill in what each saved leaf is wanted as, and where each target leaf comes from; yield what does not fit."""
-        saved = {matching(path): at for at, path in enumerate(self._paths)}
+        saved = dict(zip(map(_typed, self._paths), range(len(self._paths)), strict=True))
+        # Where classes or key kinds differ, the text of the keys decides: a field `w` fits the key "w".
+        by_text = {matching(path): _typed(path) for path in reversed(self._paths)}
         for leaf, path in zip(target.leaves, target.paths, strict=True):
-            at = saved.pop(matching(path), None)
+            exact = _typed(path)
+            at = saved.pop(exact if exact in saved else by_text.get(matching(path), exact), None)
             places.append(at)
             if at is None:
                 if leaf is not None:
@@ -150,6 +153,10 @@ class _Loader:
             mapped=route.mapped,
         )
         return io.read(location, self._item.records, requests, options)
+
+
+def _typed(path: Sequence[Key]) -> tuple[tuple[bool, Key], ...]:
+    return tuple([(isinstance(key, str), key) for key in path])
 
 
 @dataclasses.dataclass(slots=True)

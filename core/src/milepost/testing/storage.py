@@ -76,7 +76,7 @@ def _together(acts: Sequence[Callable[[], T]]) -> list[T | Exception]:
 def _winner(results: Sequence[object]) -> int:
     """Return which one of the racers won, after making sure that the others were told that they lost."""
     (winner,) = (who for who, result in enumerate(results) if result is None)
-    assert all(isinstance(result, AlreadyExistsError) for who, result in enumerate(results) if who != winner)
+    assert [result for result in results if result is not None and not isinstance(result, AlreadyExistsError)] == []
     return winner
 
 

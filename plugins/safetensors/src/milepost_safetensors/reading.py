@@ -83,17 +83,19 @@ def _resolve(index: int, request: ReadRequest, entries: dict[str, Entry]) -> _Wa
     if entry is None:
         raise MissingDataError(f"array {request.name!r} is in none of the packed files")
     box = entry.box if request.box is None else request.box
-    found = entry.pieces.get(box)
-    if found is not None:
-        return _Wanted(index, entry, box, [(found, box)] if found.nbytes else [])
-    if len(box.start) != len(entry.shape) or not all(
-        0 <= a <= a + n <= most for a, n, most in zip(box.start, box.shape, entry.shape, strict=True)
+    only = entry.pieces[0]
+    if only.box is box:
+        return _Wanted(index, entry, box, [(only, box)] if only.nbytes else [])
+    shape = entry.box.shape
+    if len(box.start) != len(shape) or not all(
+        0 <= a <= a + n <= most for a, n, most in zip(box.start, box.shape, shape, strict=True)
     ):
-        raise MismatchError(f"array {request.name!r} of shape {entry.shape} has no {box}")
+        raise MismatchError(f"array {request.name!r} of shape {shape} has no {box}")
     if 0 in box.shape:
         return _Wanted(index, entry, box, [])
-    pairs = ((piece, intersect(piece.box, box)) for piece in entry.pieces.values())
-    parts = [(piece, common) for piece, common in pairs if common is not None]
+    # Several hosts may have written the same box; one of them is enough.
+    pieces = {piece.box: piece for piece in entry.pieces}.values() if only.box != box else (only,)
+    parts = [(piece, common) for piece in pieces if (common := intersect(piece.box, box)) is not None]
     missing = uncovered(box, [common for _, common in parts])
     if missing is not None:
         raise MissingDataError(f"array {request.name!r} is stored in part only: {missing} is in none of the files")

@@ -55,12 +55,7 @@ class Entry(NamedTuple):
 
     kind: Kind
     box: Box
-    pieces: dict[Box, Stored]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the whole array."""
-        return self.box.shape
+    pieces: list[Stored]
 
 
 def parse(records: Sequence[Json]) -> dict[str, Entry]:
@@ -119,10 +114,10 @@ def _row(row: Any, file: File, start: int, entries: dict[str, Entry]) -> tuple[i
         _refuse(f"the checksums of array {name!r} are not 16 hex digits for each of {cut.total} blocks")
     entry = entries.get(name)
     if entry is None:
-        entry = entries[name] = Entry(stored, whole(shape), {})
-    elif entry.kind is not stored or entry.shape != shape:
+        entry = entries[name] = Entry(stored, whole(shape), [])
+    elif entry.kind is not stored or entry.box.shape != shape:
         _refuse(f"array {name!r} has two shapes or dtypes")
-    entry.pieces.setdefault(box, Stored(name, file, offset, nbytes, box, cut, sums))
+    entry.pieces.append(Stored(name, file, offset, nbytes, box, cut, sums))
     return offset, offset + nbytes
 
 
@@ -131,7 +126,7 @@ def _dims(raw: Any, name: str) -> tuple[int, ...]:
         _refuse(f"array {name!r} has shape {raw!r:.80}")
     total = 1
     for n in raw:
-        if not _count(n):
+        if type(n) is not int or not 0 <= n <= _LIMIT:
             _refuse(f"array {name!r} has shape {raw!r:.80}")
         total *= n or 1
     if total > _LIMIT:

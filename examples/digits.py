@@ -84,9 +84,7 @@ def train(directory: Path) -> None:
         if position % SAVE_EVERY == 0:
             jax.block_until_ready(state)  # so that the clock sees saving alone
             started = time.perf_counter()
-            if saving:
-                saving.result()  # the save before this one is durable now; had it failed, this would raise
-            saving = milepost.save_async(directory / str(position), state)
+            saving = milepost.save_async(directory / str(position), state)  # raises if the one before has failed
             blocked, saves = blocked + time.perf_counter() - started, saves + 1
             print("saving", position, flush=True)
     if saving:

@@ -237,6 +237,39 @@ def test_damage_outweighs_what_is_not_there(runs, tmp_path):
     assert run("verify", tmp_path / "absent", runs / "7").exit_code == 1
 
 
+def test_a_checkpoint_overwritten_while_it_is_read_is_read_again(runs, monkeypatch):
+    from milepost.cli import verdicts
+
+    flip(runs / "7")
+    read = verdicts.verify_files
+    tries = []
+
+    def overwritten_after_the_first(checkpoint, **options):
+        reports = list(read(checkpoint, **options))
+        if not tries:
+            milepost.save(runs / "7", TREE, overwrite=True)
+        tries.append([report.problem is None for report in reports])
+        return reports
+
+    monkeypatch.setattr(verdicts, "verify_files", overwritten_after_the_first)
+    assert document("verify", runs / "7")["checkpoints"][0]["state"] == "intact"
+    assert tries == [[False], [True]]
+
+
+def test_a_terminal_gets_a_progress_bar_and_nobody_else(runs):
+    import pty
+
+    main, terminal = pty.openpty()
+    command = [sys.executable, "-m", "milepost", "verify", str(runs), "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=terminal, check=False)
+    os.close(terminal)
+    assert done.returncode == 0
+    assert len(json.loads(done.stdout)["checkpoints"]) == 2
+    assert b"10" in os.read(main, 1 << 16)
+    os.close(main)
+    assert process("verify", runs).stderr == ""
+
+
 def test_a_stranger_in_a_checkpoint_is_a_note_and_no_error(runs):
     (runs / "7/mine.txt").write_text("")
     done = run("verify", runs / "7")

@@ -52,7 +52,7 @@ def without_checksums(folder):
     for file in manifest["files"]:
         file["checksum"] = ""
     body = json.dumps(manifest, separators=(",", ":"))[:-1]
-    commit.write_text(f'{body},"checksum":"xxh3_64:{xxhash.xxh3_64_hexdigest(body)}"}}')
+    commit.write_text(f'{body},"checksum":"xxh3_64:{xxhash.xxh3_64_hexdigest(body.encode())}"}}')
 
 
 def test_an_intact_checkpoint_has_no_problem_and_every_file_is_reported(folder):

@@ -54,7 +54,8 @@ class Handlers:
     def of(self, leaf: object) -> LeafHandler | None:
         """Return the handler for a leaf, None if there is none."""
         cls: Any = type(leaf)
-        return self._of_class(cls)
+        # Tracers are arrays by isinstance alone; they must reach the handler that can say what they are.
+        return self._of_class(cls) or next((one for one in self._handlers if isinstance(leaf, one.types)), None)
 
     def _nearest(self, cls: type) -> LeafHandler | None:
         for base in cls.__mro__[:-1]:

@@ -6,6 +6,7 @@ is printed, so that with `--json` there is one document or none.
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 from collections import Counter
 from typing import TYPE_CHECKING, Annotated, Any
@@ -43,9 +44,7 @@ Path = Annotated[str, typer.Argument(help="The path or URL of a checkpoint.", sh
 
 def _tell_version(wanted: bool) -> None:  # noqa: FBT001 - typer calls it
     if wanted:
-        from milepost import __version__
-
-        typer.echo(f"milepost {__version__}")
+        typer.echo(f"milepost {importlib.metadata.version('milepost-core')}")
         raise typer.Exit
 
 
@@ -67,7 +66,7 @@ def build() -> typer.Typer:
 
 def _about(
     *,
-    version: Annotated[  # noqa: ARG001 - its callback has acted on it
+    version: Annotated[
         bool, typer.Option("--version", help="Print the version, and exit.", is_eager=True, callback=_tell_version)
     ] = False,
 ) -> None:

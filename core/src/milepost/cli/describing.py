@@ -57,6 +57,7 @@ def utc(nsecs: int) -> str:
 def array_bytes(array: ArrayLeaf) -> int | None:
     """Return the bytes of an array in memory; None for a dtype that is not known here.
 
+    >>> from milepost.manifest import ArrayLeaf
     >>> array_bytes(ArrayLeaf((2, 3), "bfloat16", None))
     12
     """

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from milepost.cli.answers import BAD_NEWS, FINE, TROUBLE, Answer, error_document, exit_code, worst
-from milepost.cli.printing import size_text
+from milepost.cli.printing import plain, size_text
 from milepost.engine.reading import Checkpoint, list_checkpoints, open_checkpoint
 from milepost.engine.verifying import FileReport, strangers
 from milepost.engine.verifying import verify as verify_files
@@ -118,21 +118,22 @@ def _checkpoints_at(path: str) -> list[str]:
 
 def _verdict(url: str, progress: _Started) -> _Verdict:
     try:
-        for _ in range(_TRIES):
-            checkpoint = open_checkpoint(url)
-            reports = list(_verify(checkpoint, progress))
+        checkpoint, reports = _read(url, progress)
+        for _ in range(_TRIES - 1):
             if all(report.problem is None for report in reports):
                 break
             if open_checkpoint(url).manifest.attempt == checkpoint.manifest.attempt:
                 break
+            checkpoint, reports = _read(url, progress)
         return _Verdict(url, reports, strangers(checkpoint))
     except MilepostError as error:
         return _Verdict(url, error=error)
 
 
-def _verify(checkpoint: Checkpoint, progress: _Started) -> Iterator[FileReport]:
+def _read(url: str, progress: _Started) -> tuple[Checkpoint, list[FileReport]]:
+    checkpoint = open_checkpoint(url)
     advance = progress(checkpoint.route.name, checkpoint.manifest.data_bytes)
-    return verify_files(checkpoint, threads=checkpoint.route.threads, progress=advance)
+    return checkpoint, list(verify_files(checkpoint, threads=checkpoint.route.threads, progress=advance))
 
 
 _Started = Callable[[str, int], Callable[[int], object]]
@@ -157,7 +158,9 @@ def _progress() -> Iterator[_Started]:
     with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bars:
 
         def start(name: str, total: int) -> Callable[[int], object]:
-            task = bars.add_task(name, total=total)
+            for shown in bars.tasks:
+                bars.update(shown.id, visible=False)  # a root may have more checkpoints than a terminal has lines
+            task = bars.add_task(plain(name), total=total)
             return lambda size: bars.advance(task, size)
 
         yield start

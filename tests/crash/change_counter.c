@@ -31,7 +31,7 @@ struct plan {
     int end_how;         /* END_... */
     long fail_at;        /* this call fails; 0: none */
     int fail_errno;
-    int fail_from;       /* so does every later one, unless it gives room back */
+    int fail_from;       /* so does every later one that takes room */
     long short_at;       /* this call, if it writes, writes half; 0: none */
     int refuse_flags;    /* renameat2 with flags is unknown to this file system */
     int lie;             /* LIE_...: say that it is synced, and do nothing */
@@ -123,7 +123,13 @@ static void note(long number, const char *call, const char *path) {
     if (set.log >= 0 && REAL(write)(set.log, line, (size_t)length) != length) _exit(96);
 }
 
-static int gives_room_back(const char *call) { return !strncmp(call, "unlink", 6) || !strcmp(call, "rmdir"); }
+/* On a full disk, names can still be moved and removed, and what is there already can be synced. */
+static int takes_room(const char *call) {
+    static const char *const need_none[] = {"unlink", "rmdir", "rename", "fsync", "fdatasync", "sync", "chmod", "fchmod"};
+    for (size_t i = 0; i < sizeof need_none / sizeof *need_none; i++)
+        if (!strncmp(call, need_none[i], strlen(need_none[i]))) return 0;
+    return 1;
+}
 
 /* Count one call; returns the error it must fail with, 0 to go on, or not at all. `halve` is told to write half. */
 static int change(const char *call, const char *path, int *halve) {
@@ -134,7 +140,7 @@ static int change(const char *call, const char *path, int *halve) {
     while (set.plan.end_at && number > set.plan.end_at) pause();
     if (halve) *halve = number == set.plan.short_at;
     if (set.plan.fail_at && number == set.plan.fail_at) return set.plan.fail_errno;
-    if (set.plan.fail_from && number > set.plan.fail_at && !gives_room_back(call)) return set.plan.fail_errno;
+    if (set.plan.fail_from && number > set.plan.fail_at && takes_room(call)) return set.plan.fail_errno;
     return 0;
 }
 
@@ -277,7 +283,12 @@ ON_FILE(ftruncate64, COMMA off64_t size, COMMA size)
 ON_FILE(fallocate, COMMA int mode COMMA off_t offset COMMA off_t size, COMMA mode COMMA offset COMMA size)
 ON_FILE(fallocate64, COMMA int mode COMMA off64_t offset COMMA off64_t size, COMMA mode COMMA offset COMMA size)
 ON_FILE(fchmod, COMMA mode_t mode, COMMA mode)
-ON_FILE(sync_file_range, COMMA off64_t offset COMMA off64_t size COMMA unsigned flags, COMMA offset COMMA size COMMA flags)
+
+/* A hint that comes true makes the sync of a file look unneeded: whoever lies about the one must not follow the other. */
+int sync_file_range(int file, off64_t offset, off64_t size, unsigned flags) {
+    GUARD(change_at("sync_file_range", file, NULL, NULL));
+    return is_lied_about(file) ? 0 : REAL(sync_file_range)(file, offset, size, flags);
+}
 
 /* These two return the error. */
 #define POSIX_FALLOCATE(name, offset_type)                              \

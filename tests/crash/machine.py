@@ -57,11 +57,11 @@ class Run:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Point:
-    """What one run led to: what is at "2", None for nothing, and what else was left behind before the sweep."""
+    """What one run led to: what is at "2", None for nothing; and, before the sweep, what else is there, with its bytes."""
 
     outcome: Outcome
     label: str | None
-    left: frozenset[str]
+    left: dict[str, int]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -158,8 +158,12 @@ def _check(server: Server, scenario: str, run: Run) -> Point:
     except Exception as error:
         error.add_note(f"this was found after {run.plan!r} and {run.outcome!r}")
         raise
-    left = {entry.name for entry in run.root.iterdir()} - {name for name, label in found.items() if label}
-    return Point(run.outcome, found["2"], frozenset(left))
+    left = [entry for entry in run.root.iterdir() if not found.get(entry.name)]
+    return Point(run.outcome, found["2"], {entry.name: _size(entry) for entry in left})
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -13,15 +13,20 @@ __all__: list[str] = []
 
 pytestmark = pytest.mark.gcc
 
+A_TICKET = 64
+"""The bytes of the largest file that says who saves here."""
+
 SCENARIOS = ["save", "save_async", "overwrite"]
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_a_storage_full_from_any_change_on_is_told_and_nothing_is_left_behind(server, scenario, folder) -> None:
-    points = survey(server.of("milepost"), scenario, folder, lambda n: Plan(fail_at=n, fail_from=True))
-    for point in points:
-        assert point.outcome.returned or {"StorageFullError", "OutcomeUnknownError"} & {*point.outcome.kinds}
-        assert point.outcome.returned or not point.left, point.outcome.error
+def test_a_disk_full_from_any_change_on_is_told_and_no_room_stays_taken(server, scenario, folder) -> None:
+    points = [*survey(server.of("milepost"), scenario, folder, lambda n: Plan(fail_at=n, fail_from=True))]
+    failed = [point for point in points if not point.outcome.returned]
+    assert failed
+    for point in failed:
+        assert {"StorageFullError", "OutcomeUnknownError"} & {*point.outcome.kinds}, point
+        assert all(size <= A_TICKET for size in point.left.values()), point
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)

@@ -18,7 +18,7 @@ DOCS = sorted((ROOT / "docs").rglob("*.md"))
 REFERENCE = "\n".join(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs/reference").glob("*.md")))
 TEXTS = [
     path
-    for pattern in ("*.md", "docs/**/*.md", "*/README.md", "*/*/README.md", "*/src/**/*.py", "*/*/src/**/*.py")
+    for pattern in ("*.md", "docs/**/*.md", "core/README.md", "*/*/README.md", "*/src/**/*.py", "*/*/src/**/*.py")
     for path in sorted(ROOT.glob(pattern))
     if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
 ]
@@ -84,20 +84,30 @@ def test_every_command_is_in_the_documentation():
     assert [name for name in sorted(names) if f"milepost {name}" not in text] == []
 
 
+WORD = re.compile(
+    r"""[ ](?P<quote>["']?)
+    (?: --group[ ][\w-]+ | -{1,2}[\w-]+ | [./][\w./\[\],-]* | (?P<name>[A-Za-z][\w-]*(\[[\w,]+\])?) )
+    (?P=quote)(?![\w={])""",
+    re.VERBOSE,
+)
+
+
 def requirements_in(path):
     text = path.read_text(encoding="utf-8")
-    for command in re.findall(r"pip install ((?:[^\s`|&;#)]+[ \t]*)+)", text):
-        for word in command.split():
-            name = word.strip("\"'.,")
-            if re.match(r"[A-Za-z]", name) and "{" not in name:
-                yield Requirement(name)
+    for command in re.finditer(r"pip install(?= )", text):
+        end = command.end()
+        line_end = text.index("\n", end)
+        while word := WORD.match(text, end, line_end):
+            end = word.end()
+            if word["name"]:
+                yield Requirement(word["name"])
 
 
 def test_every_hint_to_install_something_names_a_package_that_there_is():
     extras = {project["name"]: set(project.get("optional-dependencies", {})) for project in PROJECTS}
     tools = {"nox", "pip", "towncrier", "build"}  # for whoever works on milepost itself
     found = [(path, wanted) for path in TEXTS for wanted in requirements_in(path) if wanted.name not in tools]
-    assert {wanted.name for _, wanted in found} >= {"milepost"}
+    assert {wanted.name for _, wanted in found} >= {"milepost", "milepost-safetensors"}
     strange = [
         f"{path.relative_to(ROOT)}: {wanted}"
         for path, wanted in found

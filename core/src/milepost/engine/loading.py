@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from milepost.engine.budgets import automatic_budget
+from milepost.engine.collecting import resting_collector
 from milepost.engine.pieces import box_of
 from milepost.engine.placing import DEFAULT_DEVICE, HOST, SKIP, Wanted, found_here, want_as_saved, want_as_target
 from milepost.engine.reading import Checkpoint, choose_item, open_checkpoint
@@ -57,7 +58,8 @@ def load(path: str | os.PathLike[str], target: Any = AS_SAVED, *, item: str = "A
 def _load(checkpoint: Checkpoint, target: Any, item: str, plugins: Plugins) -> Any:
     _, chosen = choose_item(checkpoint.manifest, item, checkpoint.url)
     loader = _Loader(checkpoint, chosen, plugins)
-    tree = loader.as_saved() if target is AS_SAVED else loader.into(target_leaves(target))
+    with resting_collector():
+        tree = loader.as_saved() if target is AS_SAVED else loader.into(target_leaves(target))
     plugins.tell(
         "restored", CheckpointEvent(checkpoint.url, checkpoint.manifest.attempt, checkpoint.manifest.data_bytes)
     )

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib.metadata
 import json
 import logging
 import platform
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from milepost import manifest as manifests
 from milepost.attempts import new_attempt
 from milepost.engine.budgets import automatic_budget
+from milepost.engine.collecting import resting_collector
 from milepost.engine.pieces import Plan, plan_arrays
 from milepost.engine.recording import RecordingStorage
 from milepost.errors import AlreadyExistsError, NotFoundError, RequestError, StorageError, noted
@@ -92,6 +94,12 @@ class Save:
         With `lasting`, the caller goes on once the snapshot is complete, while `finish` still runs.
         """
         self._lasting = lasting
+        with resting_collector():
+            self._prepare()
+        self._tell("save_started")
+        return self._snapshot
+
+    def _prepare(self) -> None:
         with self._clock.phase("prepare"):
             self._hosts.together("prepare", self._refuse)
         with self._clock.phase("begin"):
@@ -99,8 +107,6 @@ class Save:
             self._attempt = self._hosts.decide("begin", self._begin)
         with self._clock.phase("snapshot"):
             self._hosts.together("plan", self._plan)
-        self._tell("save_started")
-        return self._snapshot
 
     def _refuse(self) -> None:
         self._open = open_route(resolve(self._request.path, self._plugins, writing=True), self._plugins)
@@ -215,7 +221,8 @@ class Save:
         )
 
         def publish() -> None:
-            body = manifests.encode(manifest)
+            with resting_collector():
+                body = manifests.encode(manifest)
             self._open.commit.publish(self._open.storage, staging, body, overwrite=self._request.overwrite)
 
         self._hosts.decide("commit", publish)
@@ -265,6 +272,5 @@ class _JsonError(RequestError, ValueError, TypeError):
 
 
 def _written_by(hosts: int) -> dict[str, Any]:
-    from milepost import __version__
-
-    return {"milepost": __version__, "python": platform.python_version(), "host": platform.node(), "hosts": hosts}
+    version = importlib.metadata.version("milepost-core")
+    return {"milepost": version, "python": platform.python_version(), "host": platform.node(), "hosts": hosts}

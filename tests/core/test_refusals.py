@@ -6,10 +6,9 @@ import enum
 
 import jax
 import jax.numpy as jnp
+import milepost
 import numpy as np
 import pytest
-
-import milepost
 from milepost import errors
 
 
@@ -95,7 +94,9 @@ def test_names_no_item_can_have_are_refused(tmp_path, name):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("metadata", [{"a": object()}, {"a": float("nan")}, {1: 2}, {"a": {1, 2}}], ids=["object", "nan", "int key", "set"])
+@pytest.mark.parametrize(
+    "metadata", [{"a": object()}, {"a": float("nan")}, {1: 2}, {"a": {1, 2}}], ids=["object", "nan", "int key", "set"]
+)
 def test_metadata_that_json_cannot_hold_is_refused_before_writing(tmp_path, metadata):
     with pytest.raises(errors.RequestError, match="custom_metadata"):
         milepost.save(tmp_path / "1", {"a": 1}, custom_metadata=metadata)
@@ -133,7 +134,14 @@ def test_a_folder_of_somebody_else_is_never_overwritten(tmp_path):
 def saved(tmp_path):
     milepost.save(
         tmp_path / "1",
-        {"w": jnp.ones((2, 3)), "n": np.ones(4, np.int32), "step": 7, "key": jax.random.key(0), "name": "x", "none": None},
+        {
+            "w": jnp.ones((2, 3)),
+            "n": np.ones(4, np.int32),
+            "step": 7,
+            "key": jax.random.key(0),
+            "name": "x",
+            "none": None,
+        },
     )
     return tmp_path / "1"
 

@@ -10,6 +10,7 @@ import typing
 
 import jax
 import jax.numpy as jnp
+import milepost
 import ml_dtypes
 import numpy as np
 import optax
@@ -18,8 +19,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
-
-import milepost
 
 Point = collections.namedtuple("Point", ["x", "y"])  # noqa: PYI024 - both ways to define one are in use
 
@@ -236,9 +235,7 @@ def test_raw_random_keys_come_back(tmp_path):
 def test_a_loaded_key_draws_the_same_numbers(tmp_path):
     key = jax.random.key(11)
     milepost.save(tmp_path / "1", key)
-    np.testing.assert_array_equal(
-        jax.random.normal(key, (5,)), jax.random.normal(milepost.load(tmp_path / "1"), (5,))
-    )
+    np.testing.assert_array_equal(jax.random.normal(key, (5,)), jax.random.normal(milepost.load(tmp_path / "1"), (5,)))
 
 
 def test_a_weakly_typed_scalar_promotes_as_before(tmp_path):

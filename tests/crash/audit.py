@@ -1,14 +1,17 @@
 """What a log of changes says about order: was everything synced before a name made it visible, or the save returned?
 
-The rule: a file system owes nothing for what was not synced, whatever today's ext4 gives away. A file owes a sync for its
-content, a folder for the names in it; a name that moves must have nothing owing below it.
+The rule: a file system owes nothing for what was not synced, whatever today's ext4 gives away. A file owes a sync for
+its content, a folder for the names in it; a name that moves must have nothing owing below it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
 from pathlib import PurePath
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
 
 __all__ = ["Change", "changes", "owing"]
 

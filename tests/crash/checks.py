@@ -9,7 +9,6 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,8 @@ from crash import packed
 from crash.subjects import state
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
     from crash.subjects import State, Subject
 
 __all__ = ["Found", "TornError", "check", "holdings", "memory"]

@@ -9,12 +9,14 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-
 from crash import checks, counter, machine
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["disk", "folder", "library", "server"]
 

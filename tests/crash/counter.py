@@ -31,7 +31,7 @@ CUT = 1
 """The file system loses its power, then the process dies."""
 
 FLUSH_AND_CUT = 2
-"""As CUT, after an unrelated fsync has made every change of a name so far durable: what was not synced itself is lost."""
+"""As CUT, after an unrelated fsync has made every name so far durable: what was not synced itself is still lost."""
 
 LIE_ABOUT_FILES = 1
 LIE_ABOUT_FOLDERS = 2

@@ -18,11 +18,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from crash import checks, counter, subjects
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 __all__ = ["Disk", "Folder", "Outcome", "Point", "Server", "started", "survey"]
 
@@ -57,7 +59,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Point:
-    """What one run led to: what is at "2", None for nothing; and, before the sweep, what else is there, with its bytes."""
+    """What one run led to: what is at "2", None for nothing; and before a sweep, what else is there, in bytes."""
 
     outcome: Outcome
     label: str | None
@@ -77,7 +79,13 @@ class Server:
         root.mkdir(parents=True)
         # A test that was interrupted may have left an answer behind.
         token = secrets.token_hex(8)
-        what = {"token": token, "subject": self.subject, "scenario": scenario, "root": str(root), "mount": str(mount or root)}
+        what = {
+            "token": token,
+            "subject": self.subject,
+            "scenario": scenario,
+            "root": str(root),
+            "mount": str(mount or root),
+        }
         self.requests.write(json.dumps(what | {"plan": dataclasses.asdict(plan)}) + "\n")
         self.requests.flush()
         answer = next(found for line in self.answers if (found := json.loads(line)).pop("token") == token)
@@ -120,9 +128,7 @@ def _warm_up(server: Server) -> None:
             server.of(subject).run("overwrite", Path(folder, subject), counter.Plan())
 
 
-def survey(
-    server: Server, scenario: str, place: Folder | Disk, plan: Callable[[int], counter.Plan]
-) -> Iterator[Point]:
+def survey(server: Server, scenario: str, place: Folder | Disk, plan: Callable[[int], counter.Plan]) -> Iterator[Point]:
     """Follow `plan(1)`, `plan(2)`, ... until a save ends before what was planned for it; check after each.
 
     While one is checked, the next runs: the checks take as long as the saves.
@@ -210,7 +216,7 @@ class Disk:
             yield mount / "root", mount
 
     def found(self, number: int) -> Path:
-        """Return where what the run left can be looked at, and removed: a copy, made after the journal was played back."""
+        """Return where what the run left can be looked at, and removed: a copy, made after the journal was replayed."""
         with self._mounted() as mount:
             return shutil.copytree(mount / "root", self.path / f"root-{number}")
 

@@ -1,7 +1,7 @@
 """A process that has everything imported and forks one child for each run of a save that is to be ended somewhere.
 
-The rule: it never saves anything itself, so that it has no threads and every child starts from the same state. It speaks
-JSON, one line for a run and one for its outcome.
+The rule: it never saves anything itself, so that it has no threads and every child starts from the same state. It
+speaks JSON, one line for a run and one for its outcome.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from crash import counter, subjects
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["main"]
 

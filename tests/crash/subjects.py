@@ -1,4 +1,4 @@
-"""What is put to the test: milepost, and small savers of the test's own, right and wrong, that show what the checks see.
+"""What is put to the test: milepost, and small savers of the test's own, right and wrong, to show what the checks see.
 
 The rule: a subject is four calls, and everything else about crashes is written once, for all of them. Each toy is the
 right sequence of system calls with at most one thing left out.
@@ -14,16 +14,16 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import ml_dtypes
 import numpy as np
-
 from crash import packed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from numpy.typing import NDArray
 
 __all__ = ["SCENARIOS", "SUBJECTS", "Milepost", "Scenario", "State", "Subject", "Toy", "state"]
@@ -197,7 +197,7 @@ SUBJECTS: Mapping[str, Subject] = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Scenario:
-    """What happened before, what is ended somewhere, and what may be found at "2" if it did not return, and if it did."""
+    """What was done before, what is ended somewhere, and what "2" holds before it and after it."""
 
     prepare: Callable[[Subject, str], None]
     act: Callable[[Subject, str], None]

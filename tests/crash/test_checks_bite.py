@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import pytest
-
 from crash.counter import FLUSH_AND_CUT, Plan
 from crash.machine import survey
-
-__all__: list[str] = []
 
 pytestmark = pytest.mark.gcc
 
@@ -39,7 +36,7 @@ def cut(number: int) -> Plan:
         ("sweeps too much", "save", kill, "after the sweep"),
     ],
 )
-def test_a_saver_with_one_thing_wrong_is_caught(server, saver, scenario, plan, found, folder) -> None:
+def test_a_saver_with_one_thing_wrong_is_caught(server, saver, scenario, plan, found, folder):
     with pytest.raises(AssertionError, match=found):
         for _ in survey(server.of(saver), scenario, folder, plan):
             pass
@@ -53,7 +50,7 @@ def test_a_saver_with_one_thing_wrong_is_caught(server, saver, scenario, plan, f
         ("removed before renamed", "overwrite", "'2' holds None, may hold"),
     ],
 )
-def test_a_saver_with_one_thing_wrong_is_caught_when_the_power_is_cut(server, disk, saver, scenario, found) -> None:
+def test_a_saver_with_one_thing_wrong_is_caught_when_the_power_is_cut(server, disk, saver, scenario, found):
     with pytest.raises(AssertionError, match=found):
         for _ in survey(server.of(saver), scenario, disk, cut):
             pass
@@ -61,10 +58,10 @@ def test_a_saver_with_one_thing_wrong_is_caught_when_the_power_is_cut(server, di
 
 @pytest.mark.parametrize("scenario", ["save", "overwrite"])
 @pytest.mark.parametrize("plan", [kill, shorten])
-def test_the_right_sequence_passes(server, scenario, plan, folder) -> None:
+def test_the_right_sequence_passes(server, scenario, plan, folder):
     assert len([*survey(server.of("toy"), scenario, folder, plan)]) > 1
 
 
 @pytest.mark.root
-def test_the_right_sequence_passes_when_the_power_is_cut(server, disk) -> None:
+def test_the_right_sequence_passes_when_the_power_is_cut(server, disk):
     assert {None, "new"} == {point.label for point in survey(server.of("toy"), "save", disk, cut)}

@@ -69,15 +69,19 @@ def explained(action: str, path: Path, other: Path | None = None, *, reading: bo
     except MilepostError:
         raise
     except OSError as error:
-        missing = reading and error.errno in {errno.ENOTDIR, errno.EISDIR}
-        kind = NotFoundError if missing else _KINDS.get(error.errno or 0, StorageError)
-        names = f"{str(path)!r} and {str(other)!r}" if other else repr(str(path))
-        made = kind(f"cannot {action} {names}: {_reason(error, [path, other] if other else [path])}")
-        if isinstance(made, OSError):
-            made.errno = error.errno
-        if error.errno == errno.EFBIG:
-            noted(made, "see `ulimit -f`, and the largest file that this file system can hold")
-        raise made from error
+        # Made elsewhere: a local name for it would tie the error to this frame, and that to the arrays being saved.
+        raise _made(error, action, [path, other] if other else [path], reading=reading) from error
+
+
+def _made(error: OSError, action: str, paths: list[Path], *, reading: bool) -> MilepostError:
+    missing = reading and error.errno in {errno.ENOTDIR, errno.EISDIR}
+    kind = NotFoundError if missing else _KINDS.get(error.errno or 0, StorageError)
+    made = kind(f"cannot {action} {' and '.join(repr(str(path)) for path in paths)}: {_reason(error, paths)}")
+    if isinstance(made, OSError):
+        made.errno = error.errno
+    if error.errno == errno.EFBIG:
+        noted(made, "see `ulimit -f`, and the largest file that this file system can hold")
+    return made
 
 
 def _reason(error: OSError, paths: list[Path]) -> str:

@@ -31,7 +31,7 @@ from milepost.shardings import describe
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-__all__ = ["Budget", "Plan", "box_of", "plan_arrays"]
+__all__ = ["Budget", "Plan", "box_of", "in_host_memory", "plan_arrays"]
 
 
 class Budget:
@@ -195,8 +195,7 @@ class _Planner:
                 self._add_shard(spec, None if whole else box, shards[box])
 
     def _add_shard(self, spec: ArraySpec, box: Box | None, data: Any) -> None:
-        (device,) = data.devices()
-        if device.platform == "cpu":
+        if in_host_memory(data):
             view = np.asarray(data)
             self.plan.pieces.append(Piece(spec, lambda: view, box))
             return
@@ -212,6 +211,12 @@ class _Planner:
         data = _Copied(copy, math.prod(shape) * _itemsize(spec), self._budget)
         self.plan.copied.append(data)
         self.plan.pieces.append(Piece(spec, data.fetch, box))
+
+
+def in_host_memory(data: Any) -> bool:
+    """Say whether the buffer of an array on one device can be viewed by NumPy without a copy."""
+    (device,) = data.devices()
+    return bool(device.platform == "cpu")
 
 
 def _itemsize(spec: ArraySpec) -> int:

@@ -51,11 +51,11 @@ class Raw:
         """Return the bytes in few buffers: small ones joined, large ones as they are."""
         import numpy as np
 
-        views: list[Any] = list(workloads.host_views(state))
-        small = [view for view in views if view.nbytes < SMALL]
-        joined: list[Any] = [np.concatenate(small)] if small else []
-        large: list[Any] = [view for view in views if view.nbytes >= SMALL]
-        return [memoryview(view) for view in (*joined, *large)]
+        views = list(workloads.host_views(state))
+        buffers: list[Any] = [view for view in views if view.nbytes >= SMALL]
+        if len(buffers) < len(views):
+            buffers.append(np.concatenate([view for view in views if view.nbytes < SMALL]))
+        return [memoryview(buffer) for buffer in buffers]
 
     def save(self, path: Path, state: list[memoryview]) -> Callable[[], object]:
         """Write the buffers, then leave the sync to the caller."""

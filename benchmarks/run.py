@@ -18,12 +18,15 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import libraries
 import overheads
 import report
 import workloads
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["main"]
 
@@ -40,12 +43,15 @@ def main() -> None:
     """Run what the command line asks for."""
     options = _options()
     root = Path(tempfile.mkdtemp(prefix="milepost-bench-", dir=options.root))
+    results: dict[str, Any] = {"environment": _environment(root, options.repeat)}
+    results |= {"times": {}, "steps": {}, "memory": {}}
     try:
-        results = _measure(options, root)
+        for _ in _measure(options, root, results):
+            results["environment"]["load at the end"] = os.getloadavg()[0]
+            if options.json:  # after every part, so that a run that is stopped is not lost
+                options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
     finally:
         shutil.rmtree(root, ignore_errors=True)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
     text = report.render(results)
     if options.results:
         options.results.write_text(text, encoding="utf-8")
@@ -66,30 +72,27 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _measure(options: argparse.Namespace, root: Path) -> dict[str, Any]:
+def _measure(options: argparse.Namespace, root: Path, results: dict[str, Any]) -> Iterator[None]:
+    """Fill in the results, part by part."""
     names, members = options.workloads.split(","), options.libraries.split(",")
     parts = options.parts.split(",")
-    results: dict[str, Any] = {
-        "environment": _environment(root, options.repeat),
-        "times": {},
-        "steps": {},
-        "memory": {},
-    }
     if "imports" in parts:
-        results["imports"] = _said("imports", lambda: overheads.imports(15))
+        print("measuring imports", file=sys.stderr, flush=True)
+        results["imports"] = overheads.imports(15)
+        yield
     if "engine" in parts:
         results["engine"] = _child("overheads.py", {"repeat": options.repeat}, root)
+        yield
     for name in names:
+        job = {"workload": name, "repeat": options.repeat}
         if "times" in parts:
-            job = {"kind": "times", "workload": name, "libraries": members, "repeat": options.repeat}
-            results["times"][name] = _child("measure.py", job, root)
+            results["times"][name] = _child("measure.py", {**job, "kind": "times", "libraries": members}, root)
         if "steps" in parts and name in STEP_WORKLOADS:
-            job = {"kind": "steps", "workload": name, "repeat": options.repeat}
-            results["steps"][name] = _child("measure.py", {**job, "libraries": _among(members, STEP_LIBRARIES)}, root)
+            job |= {"kind": "steps", "libraries": _among(members, STEP_LIBRARIES)}
+            results["steps"][name] = _child("measure.py", job, root)
         if "memory" in parts and name in MEMORY_WORKLOADS:
             results["memory"][name] = _memory(name, _among(members, MEMORY_LIBRARIES), root)
-    results["environment"]["load at the end"] = os.getloadavg()[0]
-    return results
+        yield
 
 
 def _memory(workload: str, members: list[str], root: Path) -> dict[str, Any]:
@@ -148,11 +151,6 @@ def _file_system(path: Path) -> str:
 def _processor() -> str:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def _said(what: str, act: Any) -> Any:
-    print("measuring", what, file=sys.stderr, flush=True)
-    return act()
 
 
 if __name__ == "__main__":

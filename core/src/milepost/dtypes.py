@@ -100,4 +100,4 @@ def can_cast(source: str, target: str) -> bool:
     >>> can_cast("float32", "bfloat16"), can_cast("float32", "int32")
     (True, False)
     """
-    return CATEGORY[target] in _WIDENS[CATEGORY[source]]
+    return CATEGORY.get(target) in _WIDENS.get(CATEGORY.get(source, ""), ())

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from milepost.checksums import ALGORITHM, fingerprint
 from milepost.errors import FutureFormatError, ManifestError, noted
-from milepost.structure import leaf_paths
+from milepost.structure import count_leaves
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -143,7 +143,7 @@ def decode(body: bytes, *, where: str) -> Manifest:
 
 def _parse(body: bytes, where: str) -> dict[str, Any]:
     try:
-        document = json.loads(body)
+        document = json.loads(body, parse_constant=_no_constant)
     except RecursionError:
         raise ManifestError(f"cannot believe the manifest of {where!r}: it is nested too deeply") from None
     except ValueError as error:
@@ -151,6 +151,10 @@ def _parse(body: bytes, where: str) -> dict[str, Any]:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ManifestError(f"cannot read the manifest of {where!r}: its format is not {FORMAT!r}")
     return document
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is no number")
 
 
 def _check_sum(body: bytes, where: str) -> None:
@@ -172,10 +176,12 @@ def _manifest(document: Mapping[str, Any]) -> Manifest:
         written_by=_is(document["written_by"], dict, "written_by"),
         items={name: _item(item, name) for name, item in _is(document["items"], dict, "items").items()},
         files=tuple(_file(file) for file in _is(document["files"], list, "files")),
-        custom_metadata=document["custom_metadata"],
-        metrics=document["metrics"],
+        custom_metadata=_is_any(document["custom_metadata"], (dict, type(None)), "custom_metadata"),
+        metrics=_is_any(document["metrics"], (dict, type(None)), "metrics"),
         version=_count(document["version"], "version"),
     )
+    if manifest.version != VERSION:
+        raise ValueError(f"there is no format version {manifest.version}")
     if len({file.path for file in manifest.files}) != len(manifest.files):
         raise ValueError("it lists a file twice")
     return manifest
@@ -185,7 +191,7 @@ def _item(json: Any, name: str) -> Item:
     _is(json, dict, f"item {name!r}")
     leaves = [_leaf(leaf, len(json["shardings"])) for leaf in _is(json["leaves"], list, "leaves")]
     shardings = [_is(sharding, dict, "sharding") for sharding in _is(json["shardings"], list, "shardings")]
-    if (count := sum(1 for _ in leaf_paths(json["structure"]))) != len(leaves):
+    if (count := count_leaves(json["structure"])) != len(leaves):
         raise ValueError(f"item {name!r} has {len(leaves)} leaves in a structure for {count}")
     return Item(
         structure=json["structure"],
@@ -209,8 +215,17 @@ def _leaf(json: Any, shardings: int) -> dict[str, Any]:
         if sharding is not None and not 0 <= _count(sharding, "sharding") < shardings:
             raise ValueError(f"sharding {sharding} is none of {shardings}")
         arrays[part] = ArrayLeaf(tuple(shape), _is(array["dtype"], str, "dtype"), sharding)
+    _check_known(json, arrays)
     json["arrays"] = arrays
     return json  # type: ignore[no-any-return]
+
+
+def _check_known(json: Mapping[str, Any], arrays: Mapping[str, ArrayLeaf]) -> None:
+    """Check what is read of a leaf before its handler is asked."""
+    if (json["type"] in ("jax.Array", "np.ndarray") or "key_impl" in json) and "" not in arrays:
+        raise ValueError(f"a leaf of type {json['type']!r} has no array")
+    if json["type"] == "np.generic":
+        _is(json["dtype"], str, "dtype of a scalar")
 
 
 def _file(json: Any) -> FileEntry:
@@ -234,8 +249,12 @@ def check_path(path: Any) -> str:
 
 
 def _is(value: Any, cls: type, what: str) -> Any:
-    if type(value) is not cls:
-        raise ValueError(f"{what} is {value!r:.60}, not of type {cls.__name__}")
+    return _is_any(value, (cls,), what)
+
+
+def _is_any(value: Any, classes: tuple[type, ...], what: str) -> Any:
+    if type(value) not in classes:
+        raise ValueError(f"{what} is {value!r:.60}, not of type {classes[0].__name__}")
     return value
 
 

@@ -297,12 +297,13 @@ class Piece:
     """One box of one array that this host writes.
 
     `fetch` returns its data, of exactly the box's shape, in C order; it is called once, when the bytes are needed.
-    `box` None means the whole array.
+    `box` None means the whole array. `view` says that the data exist in memory anyway, so that holding them costs none.
     """
 
     spec: ArraySpec
     fetch: Callable[[], Array]
     box: Box | None = None
+    view: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -57,7 +57,7 @@ def revive(saved: Mapping[str, Any]) -> Any:
     """Return the saved sharding if its devices exist here, else None. Never raises for what a manifest may hold."""
     try:
         return _revive(saved)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError):
+    except Exception:  # noqa: BLE001 - JAX refuses nonsense in many ways, and what it refuses is no sharding
         return None
 
 
@@ -70,7 +70,9 @@ def _revive(saved: Mapping[str, Any]) -> Any:
             return jax.sharding.SingleDeviceSharding(_devices(platform)[int(number)])
         case "NamedSharding":
             devices = _devices(saved["platform"])
-            ids = np.array([entry["id"] for entry in _flat(saved["device_mesh"]["mesh"])])
+            ids = [entry["id"] for entry in _flat(saved["device_mesh"]["mesh"])]
+            if len(set(ids)) != len(ids):
+                return None
             mesh = np.array([devices[number] for number in ids], dtype=object).reshape(saved["shape"])
             kinds = {str(kind): kind for kind in jax.sharding.AxisType}
             types = tuple(kinds[kind] for kind in saved["axis_types"])

@@ -13,15 +13,20 @@ from __future__ import annotations
 
 import collections
 import functools
+import keyword
 import math
 import sys
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from milepost.errors import UnsupportedLeafError
 
 if TYPE_CHECKING:
     from milepost.protocols import Json
 
 __all__ = [
+    "DEEPEST",
     "LEAF",
     "Attr",
     "Key",
@@ -30,6 +35,7 @@ __all__ = [
     "child_keys",
     "class_named",
     "class_ref",
+    "count_leaves",
     "decode_static",
     "encode_static",
     "key_text",
@@ -40,8 +46,13 @@ __all__ = [
 
 LEAF = "*"
 
+DEEPEST = 200
+"""How many containers may stand within each other: what is deeper might be saved here and not loaded elsewhere."""
+
 Key: TypeAlias = Any
 """A key of a path: a plain value for a mapping, int for a sequence, `Attr` for a field."""
+
+_OTHER_KINDS = (dict, list, tuple, type(None), collections.OrderedDict, collections.defaultdict)
 
 MakeCustom: TypeAlias = Callable[[Mapping[str, Any], list[Any]], Any]
 
@@ -77,7 +88,11 @@ def class_named(ref: str) -> type | None:
     module, _, qualname = ref.partition(":")
     found: Any = sys.modules.get(module)
     for part in qualname.split("."):
-        found = getattr(found, part, None)
+        # A module may import another when it is asked for an attribute; its namespace asks nobody.
+        if isinstance(found, types.ModuleType):
+            found = object.__getattribute__(found, "__dict__").get(part)
+        else:
+            found = type.__getattribute__(found, "__dict__").get(part) if isinstance(found, type) else None
     return found if isinstance(found, type) else None
 
 
@@ -133,15 +148,58 @@ def decode_static(json: Any) -> Any:
 def child_keys(node: Mapping[str, Any]) -> Sequence[Key]:
     """Return the keys of a container's children, in their order."""
     match node["kind"]:
-        case "dict" | "OrderedDict" | "defaultdict":
-            return [decode_static(key) for key in node["keys"]]
+        case "dict" | "OrderedDict" | "defaultdict" | "custom":
+            return [_decode_key(key) for key in node["keys"]]
         case "namedtuple":
             return [Attr(name) for name in node["fields"]]
-        case "custom":
-            return [decode_static(key) for key in node["keys"]]
         case "list" | "tuple":
             return range(len(node["children"]))
     raise ValueError(f"{node['kind']!r} is no kind of container")
+
+
+def _decode_key(json: Any) -> Key:
+    try:
+        return decode_static(json)
+    except OpaqueError:
+        return str(next(iter(json.values())))  # a class that is not loaded: its name stands for it
+
+
+def count_leaves(structure: Any) -> int:
+    """Return the number of leaves of a structure that anybody may have written.
+
+    Raises `ValueError`, `TypeError`, `KeyError` or `AttributeError` for one that `build` could not build.
+
+    >>> count_leaves({"kind": "list", "children": ["*", None, "*"]})
+    2
+    """
+    count, depth, level = 0, 0, [structure]
+    while level:
+        count += level.count(LEAF)
+        nodes = [node for node in level if node is not None and node != LEAF]
+        if nodes and depth >= DEEPEST:
+            raise ValueError(f"it is nested more than {DEEPEST} containers deep")
+        for node in nodes:
+            _check_node(node)
+        depth, level = depth + 1, [child for node in nodes for child in node["children"]]
+    return count
+
+
+def _check_node(node: Any) -> None:
+    if type(node) is not dict or type(node["children"]) is not list:
+        raise ValueError(f"{node!r:.60} is no container")
+    keys = child_keys(node)
+    distinct = len(set(keys))
+    if len(keys) != len(node["children"]):
+        raise ValueError(f"{len(keys)} keys for {len(node['children'])} children")
+    match node["kind"]:
+        case "dict" | "OrderedDict" | "defaultdict" if distinct != len(keys):
+            raise ValueError(f"a {node['kind']} has a key twice")
+        case "namedtuple" if type(node["fields"]) is not list or not all(type(name) is str for name in node["fields"]):
+            raise ValueError(f"{node['fields']!r:.60} are no names of fields")
+        case "defaultdict":
+            _decode_key(node["factory"])
+    if node["kind"] in ("namedtuple", "custom") and type(node["type"]) is not str:
+        raise ValueError(f"{node['type']!r:.60} is no name of a class")
 
 
 def leaf_paths(structure: Any) -> Iterator[tuple[Key, ...]]:
@@ -156,6 +214,10 @@ def leaf_paths(structure: Any) -> Iterator[tuple[Key, ...]]:
 def _leaf_paths(node: Any, path: tuple[Key, ...]) -> Iterator[tuple[Key, ...]]:
     if node == LEAF:
         yield path
+    elif len(path) >= DEEPEST:
+        raise UnsupportedLeafError(
+            f"the tree is nested more than {DEEPEST} containers deep, at {show_path(path[:3])}..."
+        )
     elif node is not None:
         children = node["children"]
         keys = child_keys(node)
@@ -231,6 +293,9 @@ def build(  # noqa: PLR0911 - one line for each kind of container
             return _defaultdict(structure, children)
         case "namedtuple":
             return _namedtuple_class(structure["type"], tuple(structure["fields"]))(*children)
+        case _ if class_named(structure["type"]) in _OTHER_KINDS:
+            # JAX's own containers, called by the name of a class: it crashes on their static part where that is wrong.
+            return plain(structure, children)
         case _:
             return make_custom(structure, children)
 
@@ -247,7 +312,8 @@ def _namedtuple_class(ref: str, fields: tuple[str, ...]) -> Callable[..., Any]:
     found: Any = class_named(ref)
     if found is not None and issubclass(found, tuple) and getattr(found, "_fields", None) == fields:
         return lambda *values: tuple.__new__(found, values)
-    return _made_to_measure(ref.rpartition(":")[2].rpartition(".")[2], fields)
+    name = ref.rpartition(":")[2].rpartition(".")[2]
+    return _made_to_measure(name if name.isidentifier() and not keyword.iskeyword(name) else "namedtuple", fields)
 
 
 @functools.cache

@@ -33,9 +33,10 @@ from milepost.structure import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    from milepost.plugins import Plugins
     from milepost.protocols import LeafHandler, Parts
 
-__all__ = ["Handlers", "Taken", "Target", "difference", "make_custom", "take_apart", "target_leaves"]
+__all__ = ["Handlers", "Taken", "Target", "difference", "handlers_of", "make_custom", "take_apart", "target_leaves"]
 
 _logger = logging.getLogger("milepost")
 
@@ -64,6 +65,12 @@ class Handlers:
                     return handler
         # Abstract classes such as jax.Array stand in nobody's MRO.
         return next((handler for handler in self._handlers if issubclass(cls, handler.types)), None)
+
+
+@functools.cache
+def handlers_of(plugins: Plugins) -> Handlers:
+    """Return the leaf handlers that packages offer; asked for once, since they never change."""
+    return Handlers(plugins.leaf_handlers())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -215,7 +222,8 @@ def make_custom(node: Mapping[str, Any], children: list[Any]) -> Any:
     try:
         treedef = _treedef(cls, decode_static(node["static"]), len(children))
         return jtu.tree_unflatten(treedef, children)
-    except Exception:  # noqa: BLE001 - code of the class itself runs here; what it refuses is readable without it
+    except Exception:
+        # Code of the class itself runs here; what it refuses is still readable without it.
         _logger.debug("cannot rebuild a %s; plain containers stand in", node["type"], exc_info=True)
         return plain(node, children)
 

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import errno
 import functools
+import itertools
 import os
 import re
 from pathlib import Path
@@ -28,16 +29,7 @@ from milepost.errors import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-__all__ = [
-    "UNSUPPORTED",
-    "exchange",
-    "explained",
-    "file_system",
-    "rename_exclusive",
-    "start_write_back",
-    "sync_directory",
-    "sync_file",
-]
+__all__ = ["UNSUPPORTED", "exchange", "explained", "failure", "file_system", "rename_new", "start_write_back", "sync"]
 
 UNSUPPORTED: Final = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 
@@ -46,23 +38,24 @@ _NOREPLACE: Final = 1
 _EXCHANGE: Final = 2
 _SYNC_FILE_RANGE_WRITE: Final = 2
 
-_KINDS: Final[dict[int, type[MilepostError]]] = {
+_KINDS: Final[dict[int | None, type[NotFoundError | AlreadyExistsError | StorageError]]] = {
     errno.ENOENT: NotFoundError,
     errno.EEXIST: AlreadyExistsError,
-    errno.ENOSPC: StorageFullError,
-    errno.EDQUOT: StorageFullError,
-    errno.EFBIG: StorageFullError,
-    errno.EACCES: StorageDeniedError,
-    errno.EPERM: StorageDeniedError,
-    errno.EROFS: StorageDeniedError,
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), StorageFullError),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), StorageDeniedError),
 }
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
+def failure(code: int, reason: str = "") -> OSError:
+    """Return the error that the system raises with this number."""
+    return OSError(code, reason or os.strerror(code))
+
+
 @contextlib.contextmanager
-def explained(action: str, path: Path, other: Path | None = None, *, reading: bool = False) -> Iterator[None]:
+def explained(action: str, *names: Path | str, reading: bool = False) -> Iterator[None]:
     """Turn an `OSError` of the block into milepost's; when `reading`, what is no file is not found."""
     try:
         yield
@@ -70,15 +63,15 @@ def explained(action: str, path: Path, other: Path | None = None, *, reading: bo
         raise
     except OSError as error:
         # Made elsewhere: a local name for it would tie the error to this frame, and that to the arrays being saved.
-        raise _made(error, action, [path, other] if other else [path], reading=reading) from error
+        raise _made(error, action, names, reading=reading) from error
 
 
-def _made(error: OSError, action: str, paths: list[Path], *, reading: bool) -> MilepostError:
+def _made(error: OSError, action: str, names: tuple[Path | str, ...], *, reading: bool) -> MilepostError:
     missing = reading and error.errno in {errno.ENOTDIR, errno.EISDIR}
-    kind = NotFoundError if missing else _KINDS.get(error.errno or 0, StorageError)
-    made = kind(f"cannot {action} {' and '.join(repr(str(path)) for path in paths)}: {_reason(error, paths)}")
-    if isinstance(made, OSError):
-        made.errno = error.errno
+    kind = NotFoundError if missing else _KINDS.get(error.errno, StorageError)
+    quoted = " and ".join(repr(str(name)) for name in names)
+    made = kind(f"cannot {action} {quoted}: {_reason(error, [Path(name) for name in names])}")
+    made.errno = error.errno
     if error.errno == errno.EFBIG:
         noted(made, "see `ulimit -f`, and the largest file that this file system can hold")
     return made
@@ -86,22 +79,21 @@ def _made(error: OSError, action: str, paths: list[Path], *, reading: bool) -> M
 
 def _reason(error: OSError, paths: list[Path]) -> str:
     if error.errno == errno.ENOTDIR:
-        return _not_a_directory(paths)
+        way = (part for path in paths for part in (*reversed(path.parents), path))
+        files = (f"{str(part)!r} is not a directory" for part in way if os.path.lexists(part) and not _is_folder(part))
+        links = (f"{str(path)!r} is a link" for path in paths if path.is_symlink())
+        return next(itertools.chain(files, links), "not a directory")
     if error.errno == errno.ENAMETOOLONG:
         return _too_long(paths[-1])
     return (error.strerror or str(error)).lower()
 
 
-def _not_a_directory(paths: list[Path]) -> str:
-    for part in [part for path in paths for part in (*reversed(path.parents), path)]:
-        # Path.is_dir raises for what it cannot look at.
-        if os.path.lexists(part) and not os.path.isdir(part):  # noqa: PTH112
-            return f"{str(part)!r} is not a directory"
-    return next((f"{str(path)!r} is a link" for path in paths if path.is_symlink()), "not a directory")
+def _is_folder(path: Path) -> bool:
+    return os.path.isdir(path)  # noqa: PTH112 (Path.is_dir raises for what it cannot look at)
 
 
 def _too_long(path: Path) -> str:
-    parent = next(part for part in path.parents if os.path.isdir(part))  # noqa: PTH112 (as above)
+    parent = next(filter(_is_folder, path.parents))
     limit = os.pathconf(parent, "PC_NAME_MAX")
     for name in path.parts:
         if len(os.fsencode(name)) > limit:
@@ -112,19 +104,14 @@ def _too_long(path: Path) -> str:
 # --- durability ------------------------------------------------------------------------------------------------------
 
 
-def sync_file(file: int) -> None:
-    """Make what was written to an open file durable."""
-    os.fsync(file)
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
-    file = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def sync(path: Path, kind: int = os.O_DIRECTORY) -> None:
+    """Make the names in a directory durable, or with another flag for opening it what a file holds."""
+    file = os.open(path, os.O_RDONLY | kind)
     try:
         os.fsync(file)
     except OSError as error:
         # Some network and FUSE file systems have nothing to sync in a directory, and say so.
-        if error.errno not in UNSUPPORTED:
+        if kind != os.O_DIRECTORY or error.errno not in UNSUPPORTED:
             raise
     finally:
         os.close(file)
@@ -140,24 +127,34 @@ def start_write_back(file: int, start: int, size: int) -> None:
 # --- renames ---------------------------------------------------------------------------------------------------------
 
 
-def rename_exclusive(old: Path, new: Path) -> None:
-    """Rename a directory to a name that nothing has; `FileExistsError` where something does."""
-    if _renamed(old, new, _NOREPLACE):
+def rename_new(old: Path, new: Path) -> None:
+    """Rename a directory to a name that has nothing, or an empty directory; `FileExistsError` where more is there."""
+    with contextlib.suppress(FileExistsError):
+        _rename_exclusive(old, new)
         return
-    if os.path.lexists(new):
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-    # Between the look and the rename, only an empty directory can be lost: rename refuses to replace anything else.
-    try:
-        os.rename(_directory(old), _directory(new))  # noqa: PTH104 (a Path cannot end in a slash)
-    except OSError as error:
-        if error.errno == errno.ENOTEMPTY:
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from error
-        raise
+    # rmdir takes away an empty directory and nothing else, at one instant: a racing writer's files are safe from it.
+    with contextlib.suppress(OSError):
+        new.rmdir()
+    _rename_exclusive(old, new)
 
 
 def exchange(one: Path, other: Path) -> bool:
     """Swap two directories at one instant; False where this system cannot."""
     return _renamed(one, other, _EXCHANGE)
+
+
+def _rename_exclusive(old: Path, new: Path) -> None:
+    if _renamed(old, new, _NOREPLACE):
+        return
+    if os.path.lexists(new):
+        raise failure(errno.EEXIST)
+    # Between the look and the rename, only an empty directory can be lost: rename refuses to replace anything else.
+    try:
+        os.rename(_directory(old), _directory(new))  # noqa: PTH104 (a Path cannot end in a slash)
+    except OSError as error:
+        if error.errno == errno.ENOTEMPTY:
+            raise failure(errno.EEXIST) from error
+        raise
 
 
 def _renamed(old: Path, new: Path, flags: int) -> bool:
@@ -166,10 +163,9 @@ def _renamed(old: Path, new: Path, flags: int) -> bool:
         return False
     if ask(_AT_FDCWD, _directory(old), _AT_FDCWD, _directory(new), flags) == 0:
         return True
-    code = ctypes.get_errno()
-    if code in UNSUPPORTED:
+    if ctypes.get_errno() in UNSUPPORTED:
         return False
-    raise OSError(code, os.strerror(code))
+    raise failure(ctypes.get_errno())
 
 
 def _directory(path: Path) -> bytes:
@@ -178,8 +174,7 @@ def _directory(path: Path) -> bytes:
 
 
 def _renameat2() -> Callable[..., int] | None:
-    text = ctypes.c_char_p
-    return _library("renameat2", ctypes.c_int, text, ctypes.c_int, text, ctypes.c_uint)
+    return _library("renameat2", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
 
 
 @functools.cache

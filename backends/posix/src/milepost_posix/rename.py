@@ -21,10 +21,9 @@ The rules, in the order in which they save checkpoints:
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from milepost import attempts
 from milepost.errors import (
@@ -57,13 +56,13 @@ _OLD: Final = ".old"
 _DELETED: Final = ".deleted"
 _FORM: Final = re.compile(rf"(?P<name>.+){re.escape(_INFIX)}(?P<attempt>[^/]+?)(?P<end>\.old|\.deleted)?/", re.DOTALL)
 _TICKET: Final = "in_progress"
-_LONGEST: Final = 255
 _ADDED: Final = len(_INFIX) + 46 + len(_DELETED)
+_LONGEST: Final = 255 - _ADDED
 _TRIES: Final = 16
 
 
 class RenameCommit:
-    """Publish a staging directory by one rename to a name that must not exist."""
+    """Publish a staging directory by one rename to a name that must not exist, or be an empty directory."""
 
     needs: tuple[type, ...] = (RenamesPrefixes,)
     promise = (
@@ -72,14 +71,14 @@ class RenameCommit:
     )
 
     def stage(self, storage: Storage, name: str, attempt: str) -> Staging:
-        """Say where an attempt writes, and leave its ticket there."""
+        """Say where an attempt writes, and leave its ticket there; refuse a name that could never be published."""
         size = len(os.fsencode(name.rpartition("/")[2]))
-        if size + _ADDED > _LONGEST:
-            error = StorageError(
-                f"cannot save as {name!r}: the name has {size} bytes, and {_LONGEST - _ADDED} are allowed"
+        if size > _LONGEST:
+            raise noted(
+                StorageError(f"cannot save as {name!r}: the name has {size} bytes, and {_LONGEST} are allowed"),
+                f"while a checkpoint is written, up to {_ADDED} bytes are added to its name",
             )
-            error.errno = errno.ENAMETOOLONG
-            raise noted(error, f"while a checkpoint is written, up to {_ADDED} bytes are added to its name")
+        _refuse(storage, name, overwrite=True)
         staging = Staging(name, attempt, f"{name}{_INFIX}{attempt}/")
         storage.write(staging.prefix + _TICKET, [attempt.encode()])
         return staging
@@ -88,17 +87,19 @@ class RenameCommit:
         """Make the attempt the checkpoint of its name, by one rename or one exchange."""
         _settle(storage, staging.name)
         try:
-            _refuse(storage, staging.name, overwrite=overwrite)
             _seal(storage, staging, manifest)
             _enter(storage, staging, overwrite=overwrite)
         except (AlreadyExistsError, AbortedError):
             # A network file system may repeat a rename whose reply was lost: then it was done before it failed.
-            if not _ours(storage, staging, manifest):
+            if not _is_ours(storage, staging, manifest):
                 raise
             _sync(storage, f"{staging.name}/")
-        except (NotFoundError, StorageError) as error:
-            if _ours(storage, staging, manifest):
-                raise _unknown(storage, staging) from error
+        except StorageError as error:
+            if _is_ours(storage, staging, manifest):
+                raise OutcomeUnknownError(
+                    f"cannot say whether {_called(storage, staging.name)} would survive a power cut:"
+                    " it is there, but not synced"
+                ) from error
             raise
 
     def abandon(self, storage: Storage, staging: Staging) -> None:
@@ -108,63 +109,49 @@ class RenameCommit:
 
     def recover(self, storage: Storage, name: str) -> str | None:
         """Return the prefix of the former checkpoint if an overwrite was cut off between its two renames."""
-        return None if _holds(storage, f"{name}/") else _former(storage, name)
+        if _holds(storage, f"{name}/"):
+            return None
+        return next((old for old in _olds(storage, name) if _holds(storage, old)), None)
 
     def leftovers(self, storage: Storage, *, older_than: float) -> Iterator[Leftover]:
         """Find the directories of attempts, overwrites and deletions directly below the root."""
         for child in storage.children(""):
-            made = _parse(child)
-            if made is not None:
-                dead, reason = attempts.fate(made.attempt, older_than=older_than)
-                yield Leftover(child, made.name, made.attempt, dead, reason)
+            if made := _parse(child):
+                dead, reason = attempts.fate(made["attempt"], older_than=older_than)
+                yield Leftover(child, made["name"], made["attempt"], dead, reason)
 
     def clear(self, storage: Storage, leftover: Leftover) -> bool:
         """Rename it away, then remove it; a former checkpoint whose name is missing gets it back instead."""
         made = _parse(leftover.prefix)
         if made is None:
             return False
-        if made.end == _OLD:
-            return _settle(storage, made.name)
-        if made.end == _DELETED:
+        if made["end"] == _OLD:
+            return _settle(storage, made["name"])
+        if made["end"] == _DELETED:
             storage.delete(leftover.prefix)
             return True
-        return _discard(storage, leftover.prefix, made.name)
+        return _discard(storage, leftover.prefix, made["name"])
 
     def delete(self, storage: Storage, name: str) -> None:
         """Remove a checkpoint: its name goes by one rename, then its files."""
         if any(storage.children(f"{name}/")) and not _holds(storage, f"{name}/"):
             raise InvalidLayoutError(f"cannot delete {_called(storage, name)}: it holds no {COMMIT_OBJECT}")
         # What could be read in its place goes first.
-        gone = [_fence(storage, old, name) for old in _olds(storage, name)]
-        if _holds(storage, f"{name}/"):
-            gone.append(_fence(storage, f"{name}/", name))
-        for prefix in filter(None, gone):
-            storage.delete(prefix)
+        for prefix in (*_olds(storage, name), f"{name}/"):
+            _discard(storage, prefix, name)
 
 
-# --- names -----------------------------------------------------------------------------------------------------------
-
-
-class _Made(NamedTuple):
-    """A prefix that this strategy made up, read."""
-
-    name: str
-    attempt: str
-    end: str
-
-
-def _parse(prefix: str) -> _Made | None:
-    found = _FORM.fullmatch(prefix)
-    if found is None or attempts.parse_attempt(found["attempt"]) is None:
-        return None
-    return _Made(found["name"], found["attempt"], found["end"] or "")
+# --- what is there ---------------------------------------------------------------------------------------------------
 
 
 def _called(storage: Storage, name: str) -> str:
     return repr(f"{storage.url.removesuffix('/')}/{name}")
 
 
-# --- what is there ---------------------------------------------------------------------------------------------------
+def _parse(prefix: str) -> re.Match[str] | None:
+    """Read a prefix that this strategy made up."""
+    found = _FORM.fullmatch(prefix)
+    return found if found and attempts.parse_attempt(found["attempt"]) else None
 
 
 def _holds(storage: Storage, prefix: str) -> bool:
@@ -174,74 +161,55 @@ def _holds(storage: Storage, prefix: str) -> bool:
 def _olds(storage: Storage, name: str) -> list[str]:
     """Return the prefixes at which overwrites put the checkpoint of a name aside, the newest first."""
     folder = name[: name.rfind("/") + 1]
-    made = [(child, _parse(f"{folder}{child}")) for child in storage.children(folder)]
-    found = [(old.attempt, f"{folder}{child}") for child, old in made if old and (old.name, old.end) == (name, _OLD)]
-    return [prefix for _, prefix in sorted(found, reverse=True)]
+    made = filter(None, (_parse(f"{folder}{child}") for child in storage.children(folder)))
+    return sorted((old[0] for old in made if (old["name"], old["end"]) == (name, _OLD)), reverse=True)
 
 
-def _former(storage: Storage, name: str) -> str | None:
-    return next((old for old in _olds(storage, name) if _holds(storage, old)), None)
-
-
-def _ours(storage: Storage, staging: Staging, manifest: bytes) -> bool:
+def _is_ours(storage: Storage, staging: Staging, manifest: bytes) -> bool:
     with contextlib.suppress(NotFoundError, StorageError):
-        return bytes(storage.read(f"{staging.name}/{COMMIT_OBJECT}")) == manifest
+        return storage.read(f"{staging.name}/{COMMIT_OBJECT}") == manifest
     return False
 
 
 def _refuse(storage: Storage, name: str, *, overwrite: bool) -> None:
     """Raise unless the name is free, or holds a checkpoint that may be replaced."""
-    children = list(storage.children(f"{name}/"))
+    children = set(storage.children(f"{name}/"))
     if COMMIT_OBJECT in children:
         if not overwrite:
             raise _taken(storage, name, "a checkpoint is there")
-        return
-    if children or _is_object(storage, name):
+    elif children or _is_object(storage, name):
         found = f"it holds {min(children)!r} and no {COMMIT_OBJECT}" if children else "it is a file"
         raise noted(_taken(storage, name, found), "only a checkpoint can be overwritten: move what is there away")
 
 
 def _is_object(storage: Storage, name: str) -> bool:
-    try:
-        storage.size(name)
-    except NotFoundError:
-        return False
-    return True
+    with contextlib.suppress(NotFoundError):
+        return storage.size(name) >= 0
+    return False
 
 
 def _taken(storage: Storage, name: str, found: str) -> AlreadyExistsError:
     return AlreadyExistsError(f"cannot save as {_called(storage, name)}: {found}")
 
 
-def _unknown(storage: Storage, staging: Staging) -> OutcomeUnknownError:
-    name = _called(storage, staging.name)
-    return OutcomeUnknownError(f"cannot say whether {name} would survive a power cut: it is there, but not synced")
-
-
 # --- moving ----------------------------------------------------------------------------------------------------------
 
 
-def _renames(storage: Storage) -> RenamesPrefixes:
+def _rename(storage: Storage, source: str, target: str) -> None:
     if not isinstance(storage, RenamesPrefixes):
         raise TypeError(f"cannot commit by rename below {storage.url!r}: this storage renames no prefixes")
-    return storage
-
-
-def _fence(storage: Storage, prefix: str, name: str) -> str | None:
-    """Take a prefix away from everybody, and return where it is now; None where somebody was quicker."""
-    target = f"{name}{_INFIX}{attempts.new_attempt()}{_DELETED}/"
-    try:
-        _renames(storage).rename(prefix, target)
-    except NotFoundError:
-        return None
-    return target
+    storage.rename(source, target)
 
 
 def _discard(storage: Storage, prefix: str, name: str) -> bool:
-    fenced = _fence(storage, prefix, name)
-    if fenced is not None:
-        storage.delete(fenced)
-    return fenced is not None
+    """Take a prefix away from everybody, then remove it; False where somebody was quicker."""
+    fenced = f"{name}{_INFIX}{attempts.new_attempt()}{_DELETED}/"
+    try:
+        _rename(storage, prefix, fenced)
+    except NotFoundError:
+        return False
+    storage.delete(fenced)
+    return True
 
 
 def _settle(storage: Storage, name: str) -> bool:
@@ -253,7 +221,7 @@ def _settle(storage: Storage, name: str) -> bool:
         else:
             # Where something else has the name by now, the former checkpoint stays where it is.
             with contextlib.suppress(AlreadyExistsError, NotFoundError):
-                _renames(storage).rename(old, f"{name}/")
+                _rename(storage, old, f"{name}/")
                 done = True
     return done
 
@@ -271,11 +239,6 @@ def _seal(storage: Storage, staging: Staging, manifest: bytes) -> None:
         raise _aborted(storage, staging) from error
 
 
-def _sync(storage: Storage, prefix: str) -> None:
-    if isinstance(storage, SyncsPrefixes):
-        storage.sync(prefix)
-
-
 def _aborted(storage: Storage, staging: Staging) -> AbortedError:
     return noted(
         AbortedError(f"cannot commit {_called(storage, staging.name)}: {staging.prefix!r} was swept away"),
@@ -283,26 +246,24 @@ def _aborted(storage: Storage, staging: Staging) -> AbortedError:
     )
 
 
+def _sync(storage: Storage, prefix: str) -> None:
+    if isinstance(storage, SyncsPrefixes):
+        storage.sync(prefix)
+
+
 def _enter(storage: Storage, staging: Staging, *, overwrite: bool) -> None:
+    """Give the attempt its name, also where others save, delete and sweep meanwhile: then look again."""
     for _ in range(_TRIES):
-        try:
-            _renames(storage).rename(staging.prefix, f"{staging.name}/")
-        except NotFoundError as error:
-            raise _aborted(storage, staging) from error
-        except AlreadyExistsError as error:
-            if not _holds(storage, staging.prefix):
-                raise _aborted(storage, staging) from error
-            if not overwrite:
-                raise _taken(storage, staging.name, "something is there") from error
-        else:
-            return
-        _refuse(storage, staging.name, overwrite=True)
-        # Somebody else may delete or overwrite the name meanwhile: then look again.
+        if not _holds(storage, staging.prefix):
+            raise _aborted(storage, staging)
         with contextlib.suppress(AlreadyExistsError, NotFoundError):
-            _replace(storage, staging)
+            if overwrite and _holds(storage, f"{staging.name}/"):
+                _replace(storage, staging)
+            else:
+                _rename(storage, staging.prefix, f"{staging.name}/")
             return
-        _settle(storage, staging.name)
-    raise _taken(storage, staging.name, "others keep saving there")
+        _refuse(storage, staging.name, overwrite=overwrite)
+    raise _taken(storage, staging.name, "something is there, or others keep saving there")
 
 
 def _replace(storage: Storage, staging: Staging) -> None:
@@ -311,12 +272,12 @@ def _replace(storage: Storage, staging: Staging) -> None:
     former = staging.prefix
     if not (isinstance(storage, ExchangesPrefixes) and storage.exchange(staging.prefix, name)):
         former = f"{staging.prefix[:-1]}{_OLD}/"
-        _renames(storage).rename(name, former)
+        _rename(storage, name, former)
         try:
-            _renames(storage).rename(staging.prefix, name)
+            _rename(storage, staging.prefix, name)
         except MilepostError:
             with contextlib.suppress(MilepostError):
-                _renames(storage).rename(former, name)
+                _rename(storage, former, name)
             raise
     # The new checkpoint is there; what cannot be removed of the former one is left to a sweep.
     with contextlib.suppress(MilepostError):

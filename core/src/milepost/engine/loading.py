@@ -3,13 +3,15 @@
 The rule: everything that can be wrong is found before a data byte moves; then just the boxes this host needs are read,
 each put where it belongs as soon as it is there, so that little is held beyond the result.
 
-A checkpoint that is overwritten while it is read may lose its files under the reader: when the commit object names
-another attempt by then, the load starts again.
+A checkpoint that is overwritten while it is read may lose its files under the reader, or have others in their place:
+when the commit object names another attempt by then, the load starts again. With checksums, bytes of another attempt
+are noticed as they come; without, the commit object is looked at once more in the end.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import time
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -19,12 +21,20 @@ from milepost.engine.collecting import resting_collector
 from milepost.engine.pieces import box_of
 from milepost.engine.placing import DEFAULT_DEVICE, HOST, SKIP, Wanted, found_here, want_as_saved, want_as_target
 from milepost.engine.reading import Checkpoint, choose_item, open_checkpoint
-from milepost.errors import DamagedError, ManifestError, NotFoundError, PluginNotFoundError, StorageError
+from milepost.errors import (
+    DamagedError,
+    ManifestError,
+    MilepostError,
+    NotFoundError,
+    PluginNotFoundError,
+    StorageError,
+    noted,
+)
 from milepost.hookspecs import CheckpointEvent
 from milepost.plugins import Plugins, installed
 from milepost.protocols import Array, ArrayIO, Location, ReadOptions, ReadRequest
 from milepost.structure import Key, build, leaf_names, leaf_paths, show_path
-from milepost.trees import Handlers, Target, difference, make_custom, matching, target_leaves
+from milepost.trees import Target, difference, handlers_of, make_custom, matching, target_leaves
 
 if TYPE_CHECKING:
     import os
@@ -56,26 +66,46 @@ def load(path: str | os.PathLike[str], target: Any = AS_SAVED, *, item: str = "A
 
 
 def _load(checkpoint: Checkpoint, target: Any, item: str, plugins: Plugins) -> Any:
+    began = time.perf_counter()
     _, chosen = choose_item(checkpoint.manifest, item, checkpoint.url)
     loader = _Loader(checkpoint, chosen, plugins)
     with resting_collector():
         tree = loader.as_saved() if target is AS_SAVED else loader.into(target_leaves(target))
-    plugins.tell(
-        "restored", CheckpointEvent(checkpoint.url, checkpoint.manifest.attempt, checkpoint.manifest.data_bytes)
-    )
+    if not checkpoint.route.verify:
+        _check_still_there(checkpoint, plugins)
+    manifest, seconds = checkpoint.manifest, {"load": time.perf_counter() - began}
+    plugins.tell("restored", CheckpointEvent(checkpoint.url, manifest.attempt, manifest.data_bytes, seconds))
     return tree
+
+
+def _check_still_there(checkpoint: Checkpoint, plugins: Plugins) -> None:
+    if open_checkpoint(checkpoint.url, plugins).manifest.attempt != checkpoint.manifest.attempt:
+        raise DamagedError(f"cannot load {checkpoint.url!r}: it was overwritten while it was read")
 
 
 class _Loader:
     def __init__(self, checkpoint: Checkpoint, item: Item, plugins: Plugins) -> None:
         self._checkpoint, self._item, self._plugins = checkpoint, item, plugins
-        self._handlers = Handlers(plugins.leaf_handlers())
+        self._handlers = handlers_of(plugins)
         self._paths = list(leaf_paths(item.structure))
         self._shardings = [found_here(saved) for saved in item.shardings]
+        self._check_handlers()
+
+    def _check_handlers(self) -> None:
+        unknown = sorted({leaf["type"] for leaf in self._item.leaves} - self._handlers.by_name.keys())
+        if unknown:
+            raise noted(
+                PluginNotFoundError(
+                    f"cannot load {self._checkpoint.url!r}: no installed package handles leaves of kind {unknown[0]!r}"
+                ),
+                "install the package whose leaf handler saved them; it offers an entry point in milepost.plugins",
+            )
 
     def as_saved(self) -> Any:
         """Load every leaf as it was saved."""
         wanted = [want_as_saved(leaf, self._shardings) for leaf in self._item.leaves]
+        for leaf, want in zip(self._item.leaves, wanted, strict=True):
+            self._misfit(leaf, want)
         try:
             return build(self._item.structure, iter(self._values(wanted)), make_custom)
         except (TypeError, RecursionError) as error:
@@ -107,12 +137,26 @@ class _Loader:
                     yield f"{show_path(path)}: missing from the checkpoint"
                 continue
             found = want_as_target(self._item.leaves[at], leaf, self._shardings, self._handlers)
-            if isinstance(found, str):
-                yield f"{show_path(path)}: {found}"
-            else:
+            problem = found if isinstance(found, str) else self._misfit(self._item.leaves[at], found)
+            if isinstance(found, Wanted):
                 wanted[at] = found
+            if problem is not None:
+                yield f"{show_path(path)}: {problem}"
         for at in saved.values():
             yield f"{show_path(self._paths[at])}: missing from the target"
+
+    def _misfit(self, leaf: Mapping[str, Any], want: Wanted) -> str | None:
+        """Say why the place of a leaf's arrays cannot hold them; a saved sharding that cannot is given up."""
+        for array in leaf["arrays"].values():
+            if not isinstance(want.place, jax.sharding.Sharding):
+                return None
+            try:
+                want.place.addressable_devices_indices_map(array.shape)
+            except Exception as error:  # noqa: BLE001 - JAX refuses in many ways
+                if not any(want.place is saved for saved in self._shardings):
+                    return f"saved with shape {array.shape}, which the target's sharding cannot split: {error}"
+                want.place = DEFAULT_DEVICE
+        return None
 
     def _values(self, wanted: Sequence[Wanted]) -> list[Any]:
         arrays = _Arrays(self._checkpoint.url)
@@ -132,14 +176,11 @@ class _Loader:
         ]
 
     def _put_together(self, leaf: Mapping[str, Any], arrays: Mapping[str, Any]) -> Any:
-        handler = self._handlers.by_name.get(leaf["type"])
-        if handler is None:
-            raise PluginNotFoundError(
-                f"cannot load {self._checkpoint.url!r}: no installed package handles leaves of kind {leaf['type']!r}"
-            )
         try:
-            return handler.put_together(leaf, arrays)
-        except (ValueError, TypeError, KeyError) as error:
+            return self._handlers.by_name[leaf["type"]].put_together(leaf, arrays)
+        except MilepostError:
+            raise
+        except Exception as error:
             raise ManifestError(
                 f"cannot put together a leaf of kind {leaf['type']!r} of {self._checkpoint.url!r}: {error}"
             ) from error

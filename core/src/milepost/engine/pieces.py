@@ -35,13 +35,27 @@ __all__ = ["Budget", "Plan", "box_of", "in_host_memory", "plan_arrays"]
 
 
 class Budget:
-    """Bytes that may be held at once. One request larger than all of it is granted when nothing else is held."""
+    """Bytes that may be held at once. One request larger than all of it is granted when nothing else is held.
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    `limit` is asked for only when something must be copied. A writer holds one piece in each of `threads`, so that a
+    piece may be as large as its share.
+    """
+
+    def __init__(self, limit: Callable[[], int], threads: int) -> None:
+        self._ask = limit
+        self._threads = threads
         self._held = 0
         self._closed = False
         self._changed = threading.Condition()
+
+    @functools.cached_property
+    def _limit(self) -> int:
+        return self._ask()
+
+    @property
+    def piece(self) -> int:
+        """The size above which a piece that must be copied is cut."""
+        return max(1, self._limit // (self._threads + 1))
 
     def take(self, size: int, *, unless: Callable[[], bool]) -> bool:
         """Wait until the bytes may be held, then return True; False once `unless` says so or nobody needs them."""
@@ -140,7 +154,7 @@ class Plan:
 
 
 def plan_arrays(
-    names: Sequence[str], parts: Sequence[Mapping[str, Any]], hosts: Hosts, budget: int, *, lasting: bool
+    names: Sequence[str], parts: Sequence[Mapping[str, Any]], hosts: Hosts, budget: Budget, *, lasting: bool
 ) -> Plan:
     """Plan the arrays of an item's leaves; `lasting` when the caller goes on before everything is written."""
     planner = _Planner(hosts, budget, lasting=lasting)
@@ -150,9 +164,8 @@ def plan_arrays(
 
 
 class _Planner:
-    def __init__(self, hosts: Hosts, budget: int, *, lasting: bool) -> None:
-        self._hosts, self._limit, self._lasting = hosts, budget, lasting
-        self._budget = Budget(budget)
+    def __init__(self, hosts: Hosts, budget: Budget, *, lasting: bool) -> None:
+        self._hosts, self._budget, self._lasting = hosts, budget, lasting
         self._shardings = _Shardings()
         self._loads = [0] * hosts.count
         self.plan = Plan([], [], [], self._shardings.table, [], self._budget)
@@ -177,9 +190,9 @@ class _Planner:
         if self._hosts.index != 0:
             return
         if not self._lasting and array.flags.c_contiguous:
-            self.plan.pieces.append(Piece(spec, lambda: array))
+            self.plan.pieces.append(Piece(spec, lambda: array, view=True))
             return
-        for box in _cut(spec, self._limit):
+        for box in _cut(spec, self._budget.piece):
             self._copy(spec, box, functools.partial(_copy_of, array, box))
 
     def _add_jax(self, spec: ArraySpec, array: Any, *, replicated: bool) -> None:
@@ -197,10 +210,10 @@ class _Planner:
     def _add_shard(self, spec: ArraySpec, box: Box | None, data: Any) -> None:
         if in_host_memory(data):
             view = np.asarray(data)
-            self.plan.pieces.append(Piece(spec, lambda: view, box))
+            self.plan.pieces.append(Piece(spec, lambda: view, box, view=True))
             return
         shape = spec.shape if box is None else box.shape
-        for part in _cut(dataclasses.replace(spec, shape=shape), self._limit):
+        for part in _cut(dataclasses.replace(spec, shape=shape), self._budget.piece):
             self._copy(spec, box if part is None else _within(box, part), functools.partial(_copy_of, data, part))
 
     def _copy(self, spec: ArraySpec, box: Box | None, copy: Callable[[], Array]) -> None:

@@ -33,6 +33,7 @@ __all__ = ["Checkpoint", "Entry", "choose_item", "find", "list_checkpoints", "op
 
 _MANIFEST_LIMIT = 1 << 30
 _RECOGNISABLE = 5
+_STAGING = ".orbax-checkpoint-tmp"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -88,6 +89,9 @@ def read_manifest(route: Route, body: bytes) -> Manifest:
 def find(route: OpenRoute) -> tuple[str, bytes]:
     """Return the checkpoint's prefix and the body of its commit object, or raise what explains why there is none."""
     name = route.route.name
+    if _STAGING in name:
+        # Its commit object may be there already, but it is not visible under its name.
+        raise _explained(route.storage, route.route)
     body = _commit_object(route.storage, f"{name}/")
     if body is not None:
         return f"{name}/", body
@@ -119,13 +123,19 @@ def _explained(storage: Storage, route: Route) -> InvalidLayoutError:
     inside = _names(storage, f"{route.name}/")
     if inside:
         looks = _looks_like(storage, route, inside)
-        error = InvalidLayoutError(f"cannot open {route.url!r}: it has no {COMMIT_OBJECT}: {looks}")
-        return noted(error, *_near_by(storage, route))
-    around = _names(storage, "")
-    there = "it is a file, not a checkpoint" if route.name in around else "nothing is there"
-    if not around:
-        there = f"{route.root!r} is empty or does not exist"
+        return noted(InvalidLayoutError(f"cannot open {route.url!r}: {looks}"), *_near_by(storage, route))
+    there = _instead(storage, route, _names(storage, ""))
     return noted(CheckpointNotFoundError(f"cannot open {route.url!r}: {there}"), *_near_by(storage, route))
+
+
+def _instead(storage: Storage, route: Route, around: list[str]) -> str:
+    if not around:
+        return f"{route.root!r} is empty or does not exist"
+    if f"{route.name}/" in around:
+        return "it is an empty folder"
+    if route.name not in around:
+        return "nothing is there"
+    return "it is a file, not a checkpoint" if _exists(storage, route.name) else "it is a link that leads nowhere"
 
 
 _LOOKS: tuple[tuple[str, str], ...] = (
@@ -136,16 +146,18 @@ _LOOKS: tuple[tuple[str, str], ...] = (
 
 
 def _looks_like(storage: Storage, route: Route, inside: list[str]) -> str:
-    if ".orbax-checkpoint-tmp" in route.name:
+    if _STAGING in route.name:
         return "it is a save that was not finished"
+    if _exists_above(route):
+        return "it is within a checkpoint"
     for child in (name for name in inside if name.endswith("/")):
         if _exists(storage, f"{route.name}/{child}{COMMIT_OBJECT}"):
-            return f"it is a folder of checkpoints, such as {child.removesuffix('/')!r}"
+            return f"it is no checkpoint but a folder of them, such as {child.removesuffix('/')!r}"
     for pattern, words in _LOOKS:
         if any(re.fullmatch(pattern, name) for name in inside):
-            return words
+            return f"it has no {COMMIT_OBJECT}: {words}"
     shown = ", ".join(map(repr, inside[:_RECOGNISABLE])) + (", ..." if len(inside) > _RECOGNISABLE else "")
-    return f"it holds {shown}"
+    return f"it has no {COMMIT_OBJECT}: it holds {shown}"
 
 
 def _near_by(storage: Storage, route: Route) -> Iterator[str]:
@@ -204,7 +216,7 @@ def list_checkpoints(path: str | os.PathLike[str], plugins: Plugins | None = Non
 
 def _entry(storage: Storage, root: str, name: str) -> Entry | None:
     body = _commit_object(storage, f"{name}/")
-    if body is None or ".orbax-checkpoint-tmp" in name:
+    if body is None or _STAGING in name:
         return None
     try:
         return Entry(name, decode(body, where=urls.join(root, name)))

@@ -26,7 +26,7 @@ from milepost import manifest as manifests
 from milepost.attempts import new_attempt
 from milepost.engine.budgets import automatic_budget
 from milepost.engine.collecting import resting_collector
-from milepost.engine.pieces import Plan, plan_arrays
+from milepost.engine.pieces import Budget, Plan, plan_arrays
 from milepost.engine.recording import RecordingStorage
 from milepost.errors import AlreadyExistsError, NotFoundError, RequestError, StorageError, noted
 from milepost.hookspecs import CheckpointEvent
@@ -35,7 +35,7 @@ from milepost.manifest import FileEntry, Item, Manifest
 from milepost.plugins import Plugins, installed
 from milepost.protocols import COMMIT_OBJECT, ArrayIO, Hosts, Json, Location, Staging, WriteOptions
 from milepost.routes import OpenRoute, open_route, resolve
-from milepost.trees import Handlers, Taken, take_apart
+from milepost.trees import Taken, handlers_of, take_apart
 
 if TYPE_CHECKING:
     import os
@@ -113,8 +113,7 @@ class Save:
         self._custom_metadata = _plain_json(self._request.custom_metadata, "custom_metadata")
         self._metrics = _plain_json(self._request.metrics, "metrics")
         self._arrays = self._array_writer()
-        handlers = Handlers(self._plugins.leaf_handlers())
-        self._taken = {name: take_apart(tree, handlers) for name, tree in self._request.items.items()}
+        self._taken = {name: take_apart(tree, handlers_of(self._plugins)) for name, tree in self._request.items.items()}
 
     def _array_writer(self) -> ArrayIO:
         route = self._open.route
@@ -123,16 +122,12 @@ class Save:
 
     def _plan(self) -> None:
         route = self._open.route
-        budget = route.save_budget or automatic_budget(lasting=self._lasting)
-        self._options = WriteOptions(budget, route.threads)
-        # A writer holds one piece in each thread, so that a piece may be as large as its share of the budget.
-        share = max(1, budget // (route.threads + 1))
-        self._plans = {
-            name: plan_arrays(
-                taken.names, [parts.arrays for parts in taken.parts], self._hosts, share, lasting=self._lasting
-            )
-            for name, taken in self._taken.items()
-        }
+        self._options = WriteOptions(route.save_budget or automatic_budget(lasting=False), route.threads)
+        self._plans = {}
+        for name, taken in self._taken.items():
+            budget = Budget(lambda: route.save_budget or automatic_budget(lasting=self._lasting), route.threads)
+            arrays = [parts.arrays for parts in taken.parts]
+            self._plans[name] = plan_arrays(taken.names, arrays, self._hosts, budget, lasting=self._lasting)
         self._leaves = {name: _Leaves(taken) for name, taken in self._taken.items()}
         # From here on only the plans refer to arrays, so that each can go as soon as it is written or copied.
         self._taken = {}

@@ -37,8 +37,8 @@ def write(location: Location, pieces: Sequence[Piece], options: WriteOptions) ->
     dtypes.check(piece.spec for piece in pieces)
     slots = [_slot(piece) for piece in pieces]
     _refuse_twins(slots)
-    largest = max((slot.nbytes for slot in slots), default=0)
-    most = min(options.threads, options.budget // max(largest, 1))
+    largest = max((slot.nbytes for slot in slots if not slot.piece.view), default=0)
+    most = min(options.threads, options.budget // largest) if largest else options.threads
     stop = threading.Event()
     files = [_File(location, number, lane, stop) for number, lane in enumerate(layout.lanes(slots, most))]
     if len(files) == 1:

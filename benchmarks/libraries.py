@@ -83,7 +83,7 @@ class Raw:
 
         del target
         sizes = [int(size) for size in (path / "sizes").read_text(encoding="ascii").split()]
-        result = [np.empty(size, np.uint8) for size in sizes]
+        result: list[Any] = [np.empty(size, np.uint8) for size in sizes]
         with (path / "data").open("rb", buffering=0) as file:
             for array in result:
                 view, done = memoryview(array), 0

@@ -198,5 +198,7 @@ def _short(value: float) -> str:
     >>> _short(0.01234), _short(1234.5), _short(1.5)
     ('0.0123', '1234', '1.50')
     """
+    if not value:
+        return "0"
     digits = next((n for n, bound in enumerate((100, 10, 1, 0.1, 0.01)) if abs(value) >= bound), 5)
     return f"{value:.{digits}f}"

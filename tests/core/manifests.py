@@ -1,4 +1,4 @@
-"""Manifests rewritten by hand: what a reader must survive. Signed by the documented rule, without the code under test."""
+"""Manifests rewritten by hand, and signed by the documented rule, without the code under test."""
 
 from __future__ import annotations
 

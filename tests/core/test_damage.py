@@ -7,10 +7,9 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import milepost
 import numpy as np
 import pytest
-
-import milepost
 from milepost import errors
 from milepost.hookspecs import hookimpl
 from milepost.plugins import installed
@@ -157,23 +156,9 @@ class _Meanwhile(WrappedStorage):
 
     def __init__(self, storage, plan):
         super().__init__(storage)
-        self.plan = plan
-
-    def read(self, key, start=0, stop=None):
-        self.plan.step(key)
-        return self.wrapped.read(key, start, stop)
-
-    def size(self, key):
-        self.plan.step(key)
-        return self.wrapped.size(key)
-
-    def read_into(self, key, start, buffer):
-        self.plan.step(key)
-        return self.wrapped.read_into(key, start, buffer)
-
-    def map(self, key):
-        self.plan.step(key)
-        return self.wrapped.map(key)
+        for name in ("read", "size", "read_into", "map"):
+            if hasattr(storage, name):
+                setattr(self, name, plan.before(getattr(storage, name)))
 
 
 class Meanwhile:
@@ -185,6 +170,13 @@ class Meanwhile:
     def open_storage(self):
         opened = yield
         return _Meanwhile(opened, self)
+
+    def before(self, look):
+        def stepped(key, *where):
+            self.step(key)
+            return look(key, *where)
+
+        return stepped
 
     def step(self, key):
         if self.busy or not key.endswith(".safetensors"):
@@ -240,8 +232,9 @@ def test_a_checkpoint_that_is_overwritten_while_it_is_read_is_loaded_whole(tmp_p
 def test_a_checkpoint_that_is_overwritten_again_and_again_ends_in_a_clear_error(tmp_path, meanwhile):
     milepost.save(tmp_path / "1", state(1.0))
     meanwhile(lambda: milepost.save(tmp_path / "1", state(2.0), overwrite=True), 0, times=1000)
-    with milepost.configured({"default": {"verify": False, "threads": 1}}), pytest.raises(
-        errors.DamagedError, match="overwritten while it was read"
+    with (
+        milepost.configured({"default": {"verify": False, "threads": 1}}),
+        pytest.raises(errors.DamagedError, match="overwritten while it was read"),
     ):
         milepost.load(tmp_path / "1")
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 
+import milepost
 import numpy as np
 import pytest
 from core.fake_packages import HOOKIMPL, Site
-
-import milepost
 from milepost import errors
 from milepost.plugins import Plugins
 

@@ -134,10 +134,17 @@ def test_every_dtype_in_jax_comes_back_bit_for_bit(tmp_path, name, shape):
     both_ways(tmp_path, {"array": jnp.asarray(sample(name, shape))})
 
 
+@pytest.fixture
+def _x64():
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.mark.usefixtures("_x64")
 @pytest.mark.parametrize("name", sorted(X64))
 def test_dtypes_of_64_bits_come_back_with_x64(tmp_path, name):
-    with jax.enable_x64(True):
-        both_ways(tmp_path, {"array": jnp.asarray(sample(name, (3, 2)))})
+    both_ways(tmp_path, {"array": jnp.asarray(sample(name, (3, 2)))})
 
 
 @pytest.mark.parametrize("name", DTYPES)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import collections
+import subprocess
+import sys
 
+import milepost
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from milepost import structure
+from milepost import errors, structure
 from milepost.structure import (
     DEEPEST,
     Attr,
@@ -55,7 +57,9 @@ def test_a_static_value_is_read_as_it_was_written(value):
     assert typed(decode_static(encode_static(value))) == typed(value)
 
 
-@pytest.mark.parametrize("value", [object(), {1}, b"x", 1j, float("nan"), float("inf"), print, max], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "value", [object(), {1}, b"x", 1j, float("nan"), float("inf"), print, max], ids=lambda value: type(value).__name__
+)
 def test_what_json_cannot_hold_is_opaque(value):
     for each in (value, [value], {"a": (value,)}):
         with pytest.raises(OpaqueError):
@@ -84,14 +88,19 @@ def test_a_class_is_found_by_its_name(cls):
 
 @pytest.mark.parametrize(
     "ref",
-    ["", ":", "builtins", "builtins:", ":int", "os:path", "os:system", "no_such_module:A", f"{__name__}:Outer.value"]
-    + [f"{__name__}:Outer.__dict__", f"{__name__}:Outer..Inner", "builtins:int.__class__", "builtins:int.real.bit_length"],
+    [
+        *("", ":", "builtins", "builtins:", ":int", "os:path", "os:system", "no_such_module:A"),
+        *("builtins:int.__class__", "builtins:int.real.bit_length"),
+        *(f"{__name__}:Outer.value", f"{__name__}:Outer.__dict__", f"{__name__}:Outer..Inner"),
+    ],
 )
 def test_what_is_no_class_is_not_found(ref):
     assert class_named(ref) is None
 
 
-@pytest.mark.parametrize("json", [{}, {"a": 1, "b": 2}, {"tuple": 5}, {"dict": [1]}, {"dict": [[[], 1]]}, {"what": 1}], ids=repr)
+@pytest.mark.parametrize(
+    "json", [{}, {"a": 1, "b": 2}, {"tuple": 5}, {"dict": [1]}, {"dict": [[[], 1]]}, {"what": 1}], ids=repr
+)
 def test_a_malformed_static_value_is_refused(json):
     with pytest.raises((ValueError, TypeError)):
         decode_static(json)
@@ -149,7 +158,11 @@ def test_what_is_nested_too_deeply_is_refused_and_nothing_less():
 nodes = st.recursive(
     st.sampled_from(["*", None]),
     lambda inner: st.one_of(
-        st.builds(lambda kind, parts: {"kind": kind, "children": parts}, st.sampled_from(["list", "tuple"]), st.lists(inner, max_size=3)),
+        st.builds(
+            lambda kind, parts: {"kind": kind, "children": parts},
+            st.sampled_from(["list", "tuple"]),
+            st.lists(inner, max_size=3),
+        ),
         st.dictionaries(st.text(max_size=3) | st.integers(), inner, max_size=3).map(
             lambda parts: {"kind": "dict", "keys": list(parts), "children": list(parts.values())}
         ),
@@ -171,7 +184,12 @@ def test_paths_lead_to_the_leaves_in_the_order_in_which_they_are_built(node):
     assert len(paths) == count
 
 
-@given(st.lists(st.lists(st.text("a/~01.", max_size=3) | st.integers(0, 2), max_size=3).map(tuple), unique_by=lambda path: str(typed(path))))
+@given(
+    st.lists(
+        st.lists(st.text("a/~01.", max_size=3) | st.integers(0, 2), max_size=3).map(tuple),
+        unique_by=lambda path: str(typed(path)),
+    )
+)
 def test_the_name_of_every_leaf_is_its_own(paths):
     assert len(set(leaf_names([tuple(path) for path in paths]))) == len(paths)
 
@@ -199,3 +217,69 @@ def test_named_tuples_of_a_kind_share_a_class():
 
 def test_everything_public_is_listed():
     assert all(hasattr(structure, name) for name in structure.__all__)
+
+
+# --- classes that changed since ---------------------------------------------------------------------------------------
+
+EVOLVING = """
+import dataclasses, sys, jax, milepost
+fields = sys.argv[2].split()
+made = dataclasses.make_dataclass(
+    "Layer",
+    [(name.strip("*"), object, dataclasses.field(metadata={"static": name.startswith("*")})) for name in fields],
+)
+made.__module__ = "__main__"
+Layer = jax.tree_util.register_dataclass(made)
+if sys.argv[3] == "save":
+    milepost.save(sys.argv[1], [Layer(*range(len(fields)))])
+else:
+    loaded = milepost.load(sys.argv[1])[0]
+    print(type(loaded).__name__, loaded if isinstance(loaded, dict) else dataclasses.asdict(loaded))
+"""
+
+
+def run_with(fields, path, what):
+    done = subprocess.run(
+        [sys.executable, "-c", EVOLVING, str(path), fields, what], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("now", "expected"),
+    [
+        ("a b *s", "Layer {'a': 0, 'b': 1, 's': 2}"),
+        ("a b c *s", "dict {'a': 0, 'b': 1}"),
+        ("a *s", "dict {'a': 0, 'b': 1}"),
+        ("b a *s", "dict {'a': 0, 'b': 1}"),
+        ("a *b *s", "dict {'a': 0, 'b': 1}"),
+        ("a b", "dict {'a': 0, 'b': 1}"),
+        ("a b *s *t", "dict {'a': 0, 'b': 1}"),
+        ("a c *s", "dict {'a': 0, 'b': 1}"),
+    ],
+    ids=lambda text: text.partition(" {")[0],
+)
+def test_a_class_whose_fields_have_changed_never_gets_the_values_of_others(tmp_path, now, expected):
+    run_with("a b *s", tmp_path / "1", "save")
+    assert run_with(now, tmp_path / "1", "load") == expected
+
+
+@pytest.mark.parametrize("depth", [DEEPEST + 1, 600, 1_000, 100_000])
+def test_a_tree_that_is_nested_too_deeply_is_refused_before_a_byte_is_written(tmp_path, depth):
+    tree = 1
+    for _ in range(depth):
+        tree = [tree]
+    with pytest.raises(errors.UnsupportedLeafError, match="nested more than"):
+        milepost.save(tmp_path / "1", tree)
+    assert list(tmp_path.iterdir()) == []
+    while isinstance(tree, list):  # so that it is not freed recursively
+        tree = tree.pop()
+
+
+def test_a_tree_as_deep_as_may_be_comes_back(tmp_path):
+    tree = 1
+    for _ in range(DEEPEST):
+        tree = [tree]
+    milepost.save(tmp_path / "1", tree)
+    assert milepost.load(tmp_path / "1") == tree

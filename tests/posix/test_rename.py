@@ -120,27 +120,36 @@ def test_overwriting_what_is_not_there_saves(storage):
 
 
 @pytest.mark.parametrize("key", ["7", "7/notes.txt"])
+def test_what_is_no_checkpoint_is_refused_before_anything_is_written(storage, key):
+    storage.write(key, [b"mine"])
+    with pytest.raises(AlreadyExistsError, match=r"it is a file|it holds 'notes.txt'") as caught:
+        COMMIT.stage(storage, "7", attempts.new_attempt())
+    assert "only a checkpoint can be overwritten" in caught.value.__notes__[0]
+    assert everything(storage) == {key: b"mine"}
+
+
+@pytest.mark.parametrize("key", ["7", "7/notes.txt"])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_what_is_no_checkpoint_is_never_replaced(tmp_path, key, overwrite):
     storage = PosixStorage(f"file://{tmp_path}")
+    staging = written(storage, "7", NEW)
     storage.write(key, [b"mine"])
     with pytest.raises(AlreadyExistsError, match=r"it is a file|it holds 'notes.txt'") as caught:
-        save(storage, "7", NEW, overwrite=overwrite)
+        COMMIT.publish(storage, staging, b"new", overwrite=overwrite)
     assert "only a checkpoint can be overwritten" in caught.value.__notes__[0]
     assert (tmp_path / key).read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize("kernel", ["renameat2", "old kernel"])
-def test_only_overwriting_takes_the_place_of_an_empty_directory(tmp_path, request, kernel):
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_save_takes_the_place_of_an_empty_directory(tmp_path, request, kernel, overwrite):
     if kernel == "old kernel":
         request.getfixturevalue("old_kernel")
     storage = PosixStorage(f"file://{tmp_path}")
     (tmp_path / "7").mkdir()
-    with pytest.raises(AlreadyExistsError):
-        save(storage, "7", OLD)
-    save(storage, "7", NEW, overwrite=True)
-    sweep(storage)
+    save(storage, "7", NEW, overwrite=overwrite)
     assert everything(storage) == below("7", NEW)
+    assert list(storage.children("")) == ["7/"]
 
 
 @pytest.mark.parametrize("kernel", ["renameat2", "old kernel"])

@@ -224,8 +224,8 @@ def _check_known(json: Mapping[str, Any], arrays: Mapping[str, ArrayLeaf]) -> No
     """Check what is read of a leaf before its handler is asked."""
     if (json["type"] in ("jax.Array", "np.ndarray") or "key_impl" in json) and "" not in arrays:
         raise ValueError(f"a leaf of type {json['type']!r} has no array")
-    if json["type"] == "np.generic":
-        _is(json["dtype"], str, "dtype of a scalar")
+    if json["type"] == "np.generic" and not _is(json["dtype"], str, "dtype of a scalar"):
+        raise ValueError("a scalar has no dtype")
 
 
 def _file(json: Any) -> FileEntry:

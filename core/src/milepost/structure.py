@@ -216,7 +216,7 @@ def _leaf_paths(node: Any, path: tuple[Key, ...]) -> Iterator[tuple[Key, ...]]:
         yield path
     elif len(path) >= DEEPEST:
         raise UnsupportedLeafError(
-            f"the tree is nested more than {DEEPEST} containers deep, at {show_path(path[:3])}..."
+            f"cannot save the tree: it is nested more than {DEEPEST} containers deep, at {show_path(path[:3])}..."
         )
     elif node is not None:
         children = node["children"]

@@ -15,10 +15,12 @@ import jax.tree_util as jtu
 
 from milepost.errors import MismatchError, UnsupportedLeafError, noted
 from milepost.structure import (
+    DEEPEST,
     LEAF,
     Attr,
     Key,
     OpaqueError,
+    child_keys,
     class_named,
     class_ref,
     decode_static,
@@ -85,9 +87,14 @@ class Taken:
 
 def take_apart(tree: Any, handlers: Handlers) -> Taken:
     """Take a tree apart, or raise one `UnsupportedLeafError` that lists all leaves and keys that cannot be saved."""
-    leaves, treedef = jtu.tree_flatten(tree)
     encoder = _Encoder(tree)
-    structure = encoder.encode(treedef)
+    try:
+        leaves, treedef = jtu.tree_flatten(tree)
+        structure = encoder.encode(treedef)
+    except (RecursionError, SystemError) as error:  # JAX's own recursion ends in the one or the other
+        if isinstance(error, SystemError) and not isinstance(error.__cause__, RecursionError):
+            raise
+        raise UnsupportedLeafError(f"cannot save the tree: it is nested more than {DEEPEST} containers deep") from None
     paths = list(leaf_paths(structure))
     types, parts, refused = [], [], list(encoder.refused)
     for leaf, path in zip(leaves, paths, strict=True):
@@ -220,12 +227,44 @@ def make_custom(node: Mapping[str, Any], children: list[Any]) -> Any:
     if cls is None or "static" not in node:
         return plain(node, children)
     try:
-        treedef = _treedef(cls, decode_static(node["static"]), len(children))
+        static = decode_static(node["static"])
+        if dataclasses.is_dataclass(cls) and not _fits(cls, child_keys(node), static):
+            return plain(node, children)
+        treedef = _treedef(cls, static, len(children))
         return jtu.tree_unflatten(treedef, children)
     except Exception:
         # Code of the class itself runs here; what it refuses is still readable without it.
         _logger.debug("cannot rebuild a %s; plain containers stand in", node["type"], exc_info=True)
         return plain(node, children)
+
+
+def _fits(cls: type, keys: Sequence[Key], static: Any) -> bool:
+    """Say whether a dataclass still has the fields that were saved, in that order.
+
+    JAX fills them by position: one that has moved would silently get another's value, and one that is missing crashes
+    the process.
+    """
+    known, statics = _fields_of(cls)
+    if statics is not None and not (isinstance(static, tuple) and len(static) == statics):
+        return False
+    return len(known) == len(keys) and all(
+        isinstance(key, int) or key_text(key) == name for key, name in zip(keys, known, strict=True)
+    )
+
+
+@functools.cache
+def _fields_of(cls: type) -> tuple[list[str], int | None]:
+    """Return the names of a registered dataclass's children, and how many values its static part has, if it is a tuple.
+
+    JAX is asked, with an instance that nobody has initialised.
+    """
+    empty: Any = object.__new__(cls)
+    for field in dataclasses.fields(cls):
+        object.__setattr__(empty, field.name, object())
+    flattened: Any = jtu.tree_flatten_with_path(empty, is_leaf=lambda node: node is not empty)
+    found, treedef = flattened
+    _, static = treedef.node_data()
+    return [key_text(_key(path[0])) for path, _ in found], len(static) if isinstance(static, tuple) else None
 
 
 def _treedef(cls: type, static: Any, children: int) -> Any:

@@ -119,9 +119,9 @@ def sync(path: Path, kind: int = os.O_DIRECTORY) -> None:
 
 def start_write_back(file: int, start: int, size: int) -> None:
     """Let the disk begin with a range of a file while the next one is made; a hint, which may do nothing."""
-    ask = _library("sync_file_range", ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    ask = getattr(_library(), "sync_file_range", None)
     if ask is not None:
-        ask(file, start, size, _SYNC_FILE_RANGE_WRITE)
+        ask(file, ctypes.c_int64(start), ctypes.c_int64(size), _SYNC_FILE_RANGE_WRITE)
 
 
 # --- renames ---------------------------------------------------------------------------------------------------------
@@ -174,17 +174,13 @@ def _directory(path: Path) -> bytes:
 
 
 def _renameat2() -> Callable[..., int] | None:
-    return _library("renameat2", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+    found: Callable[..., int] | None = getattr(_library(), "renameat2", None)
+    return found
 
 
 @functools.cache
-def _library(name: str, *types: type[ctypes._SimpleCData[object]]) -> Callable[..., int] | None:
-    found = getattr(ctypes.CDLL(None, use_errno=True), name, None)
-    if found is None:
-        return None
-    found.argtypes = types
-    found.restype = ctypes.c_int
-    return found  # type: ignore[no-any-return]  # ctypes knows functions at run time only
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
 
 
 # --- mounts ----------------------------------------------------------------------------------------------------------
@@ -196,13 +192,13 @@ def file_system(path: Path, mounts: Iterable[str] | None = None) -> str:
     >>> file_system(Path("/mnt/bucket/7"), ["1 0 0:1 / / rw - ext4 /dev/a rw", "2 1 0:2 / /mnt rw - fuse.gcs x rw"])
     'fuse.gcs'
     """
-    longest, found = -1, ""
+    longest, found, below = -1, "", f"{path}/"
     for line in _mounts() if mounts is None else mounts:
         where, _, kind = line.partition(" - ")
-        point = Path(re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), where.split(" ")[4]))
+        point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), where.split(" ")[4]).rstrip("/") + "/"
         # The last of several mounts on one point is the one that is seen.
-        if len(point.parts) >= longest and path.is_relative_to(point):
-            longest, found = len(point.parts), kind.split(" ")[0]
+        if len(point) >= longest and below.startswith(point):
+            longest, found = len(point), kind.split(" ")[0]
     return found
 
 

@@ -127,9 +127,6 @@ class RenameCommit:
             return False
         if made["end"] == _OLD:
             return _settle(storage, made["name"])
-        if made["end"] == _DELETED:
-            storage.delete(leftover.prefix)
-            return True
         return _discard(storage, leftover.prefix, made["name"])
 
     def delete(self, storage: Storage, name: str) -> None:

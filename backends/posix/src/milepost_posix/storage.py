@@ -105,19 +105,17 @@ class PosixStorage:
         Large buffers go to the system as they are, one by one, before the next is taken; small ones are gathered.
         """
         path = self._path(key)
-        temporary = _temporary(path)
-        with self._written(temporary, path, buffers), explained("write", path):
+        with self._written(path, buffers) as temporary, explained("write", path):
             temporary.replace(path)
             sync(path.parent)
 
     def create(self, key: str, buffers: Iterable[Buffer]) -> None:
         """Store a new file as `write` does, or raise `AlreadyExistsError` and change nothing."""
         path = self._path(key)
-        temporary = _temporary(path)
-        with self._written(temporary, path, buffers), explained("create", path):
+        with self._written(path, buffers) as temporary, explained("create", path):
             if not _linked(temporary, path):
                 # Without hard links a crash can leave a part of the file, but still only one writer gets the name.
-                with self._written(path, path, [temporary.read_bytes()]):
+                with self._written(path, [temporary.read_bytes()], path):
                     pass
             temporary.unlink()
             sync(path.parent)
@@ -125,9 +123,9 @@ class PosixStorage:
     def delete(self, key: str) -> None:
         """Remove a file, or with a key that ends in "/" everything below it; what is gone already is no error."""
         for each in [key] if key else self.children(""):
-            remove, path = (_remove_tree, self._folder(each)) if each.endswith("/") else (Path.unlink, self._path(each))
+            path = self._folder(each)
             with explained("delete", path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                remove(path)
+                _remove_tree(path) if each.endswith("/") else path.unlink()
                 sync(path.parent)
 
     # --- whole directories ---
@@ -195,19 +193,21 @@ class PosixStorage:
                 os.close(file)
 
     @contextlib.contextmanager
-    def _written(self, target: Path, path: Path, buffers: Iterable[Buffer]) -> Iterator[None]:
+    def _written(self, path: Path, buffers: Iterable[Buffer], target: Path | None = None) -> Iterator[Path]:
         """Write a new file, durable but for its name; remove it, and the directories made for it, if anything fails."""
+        target = target or path.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}")
         undo: list[Callable[[], None]] = []
         try:
             with explained("write", path):
                 file = self._open_new(target, undo)
+            undo.append(target.unlink)
             try:
                 self._pour(file, path, buffers)
             finally:
                 # Network file systems report a full disk here.
                 with explained("write", path):
                     file.close()
-            yield
+            yield target
         except BaseException:
             for step in reversed(undo):
                 with contextlib.suppress(OSError):
@@ -215,19 +215,13 @@ class PosixStorage:
             raise
 
     def _open_new(self, target: Path, undo: list[Callable[[], None]]) -> BinaryIO:
-        for left in reversed(range(_TRIES)):
-            try:
-                file = target.open("xb", buffering=_SMALL)
-            except FileNotFoundError:
-                if not left:
-                    raise
-            else:
-                undo.append(target.unlink)
-                return file
+        for _ in range(_TRIES):
+            with contextlib.suppress(FileNotFoundError):
+                return target.open("xb", buffering=_SMALL)
             # A writer that fails takes away the directories it made, perhaps just before another one uses them.
             with contextlib.suppress(FileNotFoundError):
                 _make_directory(Path(os.path.realpath(target.parent)), self._mode, undo)
-        raise AssertionError("unreachable")
+        return target.open("xb", buffering=_SMALL)
 
     def _pour(self, file: BinaryIO, path: Path, buffers: Iterable[Buffer]) -> None:
         """Write the buffers, each before the next is taken, so that the disk works while that one is made."""
@@ -280,10 +274,6 @@ def _fill(file: int, start: int, buffer: memoryview) -> int:
             break
         done += count
     return done
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}")
 
 
 def _linked(source: Path, target: Path) -> bool:

@@ -80,7 +80,13 @@ class RenameCommit:
             )
         _refuse(storage, name, overwrite=True)
         staging = Staging(name, attempt, f"{name}{_INFIX}{attempt}/")
-        storage.write(staging.prefix + _TICKET, [attempt.encode()])
+        try:
+            storage.write(staging.prefix + _TICKET, [attempt.encode()])
+        except BaseException:
+            # Nobody else knows of the attempt yet who could remove what is left of it.
+            with contextlib.suppress(MilepostError):
+                storage.delete(staging.prefix)
+            raise
         return staging
 
     def publish(self, storage: Storage, staging: Staging, manifest: bytes, *, overwrite: bool = False) -> None:

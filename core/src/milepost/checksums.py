@@ -38,7 +38,7 @@ class Running:
 
     def __init__(self) -> None:
         self._hash = xxhash.xxh3_64()
-        self.size = 0
+        self.size: int = 0
 
     def update(self, data: Buffer) -> None:
         """Add bytes to the end."""

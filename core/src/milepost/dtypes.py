@@ -41,7 +41,9 @@ _EXTENSION = {
     ),
 }
 
-CATEGORY = {name: kind for table in (_NUMPY, _EXTENSION) for kind, names in table.items() for name in names}
+CATEGORY: dict[str, str] = {
+    name: kind for table in (_NUMPY, _EXTENSION) for kind, names in table.items() for name in names
+}
 """The kind of number by dtype name: bool, int, uint, float or complex."""
 
 _WIDENS = {

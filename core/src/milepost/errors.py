@@ -105,8 +105,9 @@ class MismatchError(RequestError, ValueError):
 class ItemNotFoundError(RequestError, KeyError):
     """Say that the checkpoint has no item of that name."""
 
-    # KeyError prints the repr of its argument; an error message is for reading.
-    __str__ = Exception.__str__
+    def __str__(self) -> str:
+        # KeyError shows the repr of its argument; an error message is for reading.
+        return Exception.__str__(self)
 
 
 class ConfigError(RequestError, ValueError):

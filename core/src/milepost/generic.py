@@ -48,7 +48,7 @@ class FsspecStorage:
     """
 
     def __init__(self, url: str, /, **options: Any) -> None:
-        self.url = url.rstrip("/")
+        self.url: str = url.rstrip("/")
         self.commit = "marker"
         self._fs, self._root = _opened(url, options)
         self._renames = _renames(self._fs)

@@ -216,8 +216,9 @@ class JaxArrayHandler:
         """Return the array itself, or a key's data."""
         import jax
         import jax.numpy as jnp
+        from jax.core import Tracer
 
-        if isinstance(leaf, jax.core.Tracer):
+        if isinstance(leaf, Tracer):
             raise ValueError("it is a tracer: the save was called inside a function that JAX is tracing")  # noqa: TRY004 - a refusal
         if leaf.is_deleted():
             raise ValueError("it has been deleted or donated")

@@ -60,7 +60,7 @@ class MemoryStorage:
     """
 
     def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
+        self.url: str = url.rstrip("/")
         self.commit = "create"
         path = self.url.partition("://")[2].strip("/")
         self._root = f"{path}/" if path else ""

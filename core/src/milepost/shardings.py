@@ -30,15 +30,15 @@ def describe(sharding: Any) -> dict[str, Any]:
         (device,) = sharding.device_set
         return {"sharding_type": "SingleDeviceSharding", "device_str": _device_text(device)}
     if isinstance(sharding, jax.sharding.NamedSharding):
-        mesh = sharding.mesh
+        mesh, devices = sharding.mesh, np.asarray(sharding.mesh.devices)
         return {
             "sharding_type": "NamedSharding",
-            "shape": list(mesh.devices.shape),
+            "shape": list(devices.shape),
             "axis_names": list(mesh.axis_names),
             "axis_types": [str(kind) for kind in mesh.axis_types],
             "partition_spec": [list(part) if isinstance(part, tuple) else part for part in sharding.spec],
-            "device_mesh": {"mesh": _nested(mesh.devices)},
-            "platform": mesh.devices.flat[0].platform,
+            "device_mesh": {"mesh": _nested(devices)},
+            "platform": devices.flat[0].platform,
         }
     return {"sharding_type": type(sharding).__name__}
 

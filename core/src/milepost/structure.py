@@ -57,6 +57,9 @@ _OTHER_KINDS = (dict, list, tuple, type(None), collections.OrderedDict, collecti
 MakeCustom: TypeAlias = Callable[[Mapping[str, Any], list[Any]], Any]
 
 
+_FACTORIES = (None, bool, int, float, complex, str, bytes, list, tuple, set, dict, collections.OrderedDict)
+
+
 class Attr(str):
     """The name of a field, as distinct from the same text as a key of a mapping."""
 
@@ -108,7 +111,7 @@ def encode_static(value: Any) -> Json:
         return value
     if type(value) is Attr:
         return {"attr": str(value)}
-    if type(value) in (tuple, list):
+    if isinstance(value, tuple | list) and type(value) in (tuple, list):
         return {type(value).__name__: [encode_static(part) for part in value]}
     if type(value) is dict:
         return {"dict": [[encode_static(key), encode_static(part)] for key, part in value.items()]}
@@ -303,9 +306,11 @@ def build(  # noqa: PLR0911 - one line for each kind of container
 def _defaultdict(node: Mapping[str, Any], children: list[Any]) -> Any:
     items = zip(child_keys(node), children, strict=True)
     try:
-        return collections.defaultdict(decode_static(node["factory"]), items)
-    except (OpaqueError, TypeError):
+        factory = decode_static(node["factory"])
+    except OpaqueError:
         return dict(items)
+    # The factory is called by whoever asks for a missing key, so it is nothing that does more than make a value.
+    return collections.defaultdict(factory, items) if factory in _FACTORIES else dict(items)
 
 
 def _namedtuple_class(ref: str, fields: tuple[str, ...]) -> Callable[..., Any]:

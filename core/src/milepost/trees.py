@@ -51,7 +51,7 @@ class Handlers:
     def __init__(self, handlers: Iterable[LeafHandler]) -> None:
         # Later registrations win: a package may handle better what the built-ins handle well enough.
         self._handlers = tuple(handlers)[::-1]
-        self.by_name = {handler.name: handler for handler in self._handlers[::-1]}
+        self.by_name: dict[str, LeafHandler] = {handler.name: handler for handler in self._handlers[::-1]}
         self._of_class = functools.cache(self._nearest)
 
     def of(self, leaf: object) -> LeafHandler | None:
@@ -157,8 +157,9 @@ class _Encoder:
     def _node(self, cls: type, static: Any) -> dict[str, Any]:
         if cls in (list, tuple):
             return {"kind": cls.__name__}
-        if issubclass(cls, tuple) and hasattr(cls, "_fields"):
-            return {"kind": "namedtuple", "type": _name_of(cls), "fields": list(cls._fields)}
+        fields = getattr(cls, "_fields", None)
+        if issubclass(cls, tuple) and fields is not None:
+            return {"kind": "namedtuple", "type": _name_of(cls), "fields": list(fields)}
         match cls.__name__ if cls.__module__ in ("builtins", "collections") else "":
             case "dict" | "OrderedDict" as kind:
                 return {"kind": kind, "keys": self._keys(static)}

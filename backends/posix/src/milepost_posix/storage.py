@@ -51,7 +51,7 @@ class PosixStorage:
         path = url.removeprefix(_SCHEME)
         if not url.startswith(f"{_SCHEME}/") or "\0" in path:
             raise noted(ConfigError(f"cannot open {url!r}: it is no absolute file URL"), "write 'file:///directory'")
-        self.url = url if path == "/" else url.rstrip("/")
+        self.url: str = url if path == "/" else url.rstrip("/")
         self._root = Path(path)
         self._mode = None if mode is None else _parse_mode(mode)
 

@@ -86,9 +86,9 @@ class WrappedStorage:
         return made
 
     def __init__(self, storage: Storage) -> None:
-        self.wrapped = cast("_Everything", storage)
-        self.url = storage.url
-        self.commit = storage.commit
+        self.wrapped: _Everything = cast("_Everything", storage)
+        self.url: str = storage.url
+        self.commit: str = storage.commit
 
     def ask(self, act: Callable[[], T]) -> T:
         """Do what changes nothing."""
@@ -183,7 +183,7 @@ class CuttingStorage(WrappedStorage):
 
     def __init__(self, storage: Storage, at: int | None = None) -> None:
         super().__init__(storage)
-        self.changes = 0
+        self.changes: int = 0
         self._at = at
 
     def ask(self, act: Callable[[], T]) -> T:
@@ -207,7 +207,7 @@ class LostReplyStorage(WrappedStorage):
 
     def __init__(self, storage: Storage, at: int | None = None) -> None:
         super().__init__(storage)
-        self.changes = 0
+        self.changes: int = 0
         self._at = at
 
     def change(self, act: Callable[[], T]) -> T:

@@ -151,6 +151,11 @@ class _Encoder:
         if node["kind"] == "custom":
             return self._custom(node, treedef, depth)
         self._ends += not treedef.num_nodes > 1
+        if treedef.num_leaves == treedef.num_nodes - 1:
+            # Leaves and nothing else: the case of many leaves, where asking each is most of the work.
+            self._ends += treedef.num_leaves
+            node["children"] = [LEAF] * treedef.num_leaves
+            return node
         node["children"] = [self.encode(child, depth + 1) for child in treedef.children()]
         return node
 

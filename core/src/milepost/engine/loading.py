@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from milepost.dtypes import dtype_name
 from milepost.engine.budgets import automatic_budget
 from milepost.engine.collecting import resting_collector
 from milepost.engine.pieces import box_of
@@ -234,6 +235,9 @@ class _Arrays:
         if want.place is HOST or want.place is DEFAULT_DEVICE:
             self._ask(slot, None, leaf.shape, (None,))
             return
+        if isinstance(want.place, jax.sharding.SingleDeviceSharding):
+            self._ask(slot, None, leaf.shape, (want.place,))
+            return
         boxes: dict[Any, list[Any]] = {}
         for device, index in want.place.addressable_devices_indices_map(leaf.shape).items():
             boxes.setdefault(box_of(index, leaf.shape), []).append(device)
@@ -248,7 +252,7 @@ class _Arrays:
         """Put every array where it belongs as it comes."""
         for index, array in arrays:
             slot, shape, devices = self._for[index]
-            if array.shape != shape or array.dtype.name != slot.leaf.dtype:
+            if array.shape != shape or dtype_name(array.dtype) != slot.leaf.dtype:
                 raise ManifestError(
                     f"cannot believe the manifest of {self._where!r}: array {slot.name!r} is stored as "
                     f"{array.dtype.name}{list(array.shape)}, its leaf says {slot.leaf.dtype}{list(shape)}"
@@ -278,7 +282,7 @@ class _Arrays:
 
     def _arrived(self, slot: _Slot, device: Any, array: Any) -> None:
         place = slot.want.place
-        if place is DEFAULT_DEVICE:
+        if place is DEFAULT_DEVICE or isinstance(place, jax.sharding.SingleDeviceSharding):
             self.results[slot.key] = array
             return
         slot.arrived[device] = array

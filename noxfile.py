@@ -57,7 +57,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(python=["3.11", "3.12", "3.13"])
 def matrix(session: nox.Session) -> None:
-    """Run the tests on every Python that milepost supports; what a crash leaves behind does not depend on the Python."""
+    """Run the tests on every Python that milepost supports; what a crash leaves behind does not depend on it."""
     session.install(*PACKAGES, *GROUPS["test"])
     session.run("pytest", "--numprocesses=auto", "--maxprocesses=8", "-m", "not gcc", *session.posargs)
 

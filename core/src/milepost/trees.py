@@ -276,9 +276,7 @@ def _fields_of(cls: type) -> tuple[list[str], int | None]:
 def _treedef(cls: type, static: Any, children: int) -> Any:
     """Return the treedef of one node of a registered class with leaves below it."""
     kind: Any = jtu.PyTreeDef
-    # Its name changed in JAX 0.7.
-    make = getattr(kind, "from_node_data_and_children", None) or kind.make_from_node_data_and_children
-    return make(jtu.default_registry, (cls, static), [jtu.tree_structure(0)] * children)
+    return kind.from_node_data_and_children(jtu.default_registry, (cls, static), [jtu.tree_structure(0)] * children)
 
 
 # --- targets ---------------------------------------------------------------------------------------------------------

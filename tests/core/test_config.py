@@ -208,7 +208,7 @@ def test_suggestions_name_the_nearest_or_list_all():
 @pytest.fixture
 def place(tmp_path):
     (tmp_path / "home/.config/milepost").mkdir(parents=True)
-    (tmp_path / "work/project/deep").mkdir(parents=True)
+    (tmp_path / "jobs/project/deep").mkdir(parents=True)
     return tmp_path
 
 
@@ -218,7 +218,7 @@ def write(path: Path, threads: int) -> str:
     return str(path)
 
 
-def read(place: Path, cwd="work/project/deep", **env: str) -> tuple[Layer, ...]:
+def read(place: Path, cwd="jobs/project/deep", **env: str) -> tuple[Layer, ...]:
     return read_layers(env, str(place / cwd), str(place / "home"))
 
 
@@ -228,20 +228,20 @@ def test_nothing_written_is_no_layer(place):
 
 def test_layers_come_weakest_first(place):
     user = write(place / "home/.config/milepost/milepost.toml", 1)
-    project = write(place / "work/milepost.toml", 2)
+    project = write(place / "jobs/milepost.toml", 2)
     layers = read(place, MILEPOST_TOML="default.threads = 3")
     assert [layer.origin for layer in layers] == [user, project, "$MILEPOST_TOML"]
     assert [value(layers[: n + 1], "gs://b/7") for n in range(3)] == [1, 2, 3]
 
 
 def test_the_nearest_project_file_counts_alone(place):
-    write(place / "work/milepost.toml", 1)
-    nearest = write(place / "work/project/milepost.toml", 2)
+    write(place / "jobs/milepost.toml", 1)
+    nearest = write(place / "jobs/project/milepost.toml", 2)
     assert [layer.origin for layer in read(place)] == [nearest]
 
 
 def test_a_named_file_stands_in_for_the_project_file(place):
-    write(place / "work/milepost.toml", 1)
+    write(place / "jobs/milepost.toml", 1)
     named = write(place / "elsewhere/settings.toml", 2)
     assert [layer.origin for layer in read(place, MILEPOST_CONFIG=named)] == [named]
     (relative,) = read(place, cwd="elsewhere", MILEPOST_CONFIG="settings.toml")
@@ -255,7 +255,7 @@ def test_a_named_file_must_exist(place):
 
 
 def test_empty_variables_count_as_not_set(place):
-    project = write(place / "work/milepost.toml", 1)
+    project = write(place / "jobs/milepost.toml", 1)
     layers = read(place, MILEPOST_CONFIG="", MILEPOST_TOML="", XDG_CONFIG_HOME="")
     assert [layer.origin for layer in layers] == [project]
 
@@ -266,26 +266,26 @@ def test_the_user_file_follows_xdg_config_home(place):
 
 
 def test_local_prefixes_begin_at_the_file(place):
-    (place / "work/milepost.toml").write_text('url."runs".threads = 5\nurl."~/runs".threads = 6\n')
+    (place / "jobs/milepost.toml").write_text('url."runs".threads = 5\nurl."~/runs".threads = 6\n')
     layers = read(place)
-    assert value(layers, f"file://{place}/work/runs/7") == 5
+    assert value(layers, f"file://{place}/jobs/runs/7") == 5
     assert value(layers, f"file://{place}/home/runs/7") == 6
-    assert value(layers, f"file://{place}/work/project/deep/runs/7") is None
+    assert value(layers, f"file://{place}/jobs/project/deep/runs/7") is None
 
 
 def test_a_changed_file_is_read_again(place):
-    write(place / "work/milepost.toml", 1)
+    write(place / "jobs/milepost.toml", 1)
     before = read(place)
     assert read(place)[0] is before[0]
-    os.utime(write(place / "work/milepost.toml", 2), ns=(1, 1))
+    os.utime(write(place / "jobs/milepost.toml", 2), ns=(1, 1))
     assert value(read(place), "gs://b/7") == 2
-    (place / "work/milepost.toml").unlink()
+    (place / "jobs/milepost.toml").unlink()
     assert read(place) == ()
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"default.verfy = true", b"[["])
 def test_an_unusable_file_is_named(place, content):
-    path = place / "work/milepost.toml"
+    path = place / "jobs/milepost.toml"
     path.write_bytes(content)
     with pytest.raises(ConfigError) as error:
         read(place)
@@ -297,7 +297,7 @@ def test_an_unusable_file_is_named(place, content):
 
 @pytest.fixture
 def _bare(place, monkeypatch):
-    monkeypatch.chdir(place / "work/project")
+    monkeypatch.chdir(place / "jobs/project")
     monkeypatch.setenv("HOME", str(place / "home"))
     for name in ("MILEPOST_CONFIG", "MILEPOST_TOML", "XDG_CONFIG_HOME"):
         monkeypatch.delenv(name, raising=False)

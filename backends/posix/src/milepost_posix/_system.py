@@ -27,7 +27,8 @@ from milepost.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
+    from types import TracebackType
 
 __all__ = ["UNSUPPORTED", "exchange", "explained", "failure", "file_system", "rename_new", "start_write_back", "sync"]
 
@@ -54,16 +55,24 @@ def failure(code: int, reason: str = "") -> OSError:
     return OSError(code, reason or os.strerror(code))
 
 
-@contextlib.contextmanager
-def explained(action: str, *names: Path | str, reading: bool = False) -> Iterator[None]:
-    """Turn an `OSError` of the block into milepost's; when `reading`, what is no file is not found."""
-    try:
-        yield
-    except MilepostError:
-        raise
-    except OSError as error:
-        # Made elsewhere: a local name for it would tie the error to this frame, and that to the arrays being saved.
-        raise _made(error, action, names, reading=reading) from error
+class explained:  # noqa: N801 - it is used as a verb, with `with`
+    """Turn an `OSError` of the block into milepost's; when `reading`, what is no file is not found.
+
+    A class, and the error is made elsewhere: a generator, or a local name for the error, would tie the error to its own
+    frames, and these hold the arrays that are being saved until the next garbage collection.
+    """
+
+    def __init__(self, action: str, *names: Path | str, reading: bool = False) -> None:
+        self._action, self._names, self._reading = action, names, reading
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, OSError) and not isinstance(error, MilepostError):
+            raise _made(error, self._action, self._names, reading=self._reading) from error
 
 
 def _made(error: OSError, action: str, names: tuple[Path | str, ...], *, reading: bool) -> MilepostError:

@@ -1,8 +1,8 @@
 """Measure one thing in a process of its own: the times of one workload, the steps after a save, or a peak of memory.
 
 The rule: what is compared is measured side by side. Libraries take turns, round by round, each starting from a freshly
-copied state, an empty directory and a disk with nothing left to write; loads follow from a warm page cache; what is old
-is deleted outside the timing. Each library is warmed up on a small state first, and the machine by a raw round that is
+copied state, an empty directory, memory at hand and a disk with nothing left to write; loads follow from a warm page
+cache; what is old is deleted outside the timing. Each library is warmed up on a small state first, and the machine by a raw round that is
 not counted; what each library loads is compared, once, with what it was given, to the bit.
 
 Called by `run.py` with one JSON argument; writes JSON to the file named there.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import collections
 import gc
 import json
+import mmap
 import os
 import shutil
 import sys
@@ -46,7 +47,9 @@ def child_times(job: dict[str, Any]) -> dict[str, Any]:
     samples: Samples = collections.defaultdict(list)
     _one_round(libraries.Raw(), root / "checkpoint", state, collections.defaultdict(list), check=False)
     for turn in range(job["repeat"]):
-        for library in members[turn % len(members) :] + members[: turn % len(members)]:
+        # Another one begins each time, and every other time backwards, so that nobody always follows the same one.
+        order = members[turn % len(members) :] + members[: turn % len(members)]
+        for library in order[:: -1 if turn % 2 else 1]:
             if turn and (workload.name, library.name) in ONE_ROUND:
                 continue
             _one_round(library, root / "checkpoint", state, samples, check=turn == 0)
@@ -65,8 +68,7 @@ def child_steps(job: dict[str, Any]) -> dict[str, Any]:
     for _ in range(job["repeat"]):
         for library in members:
             state = workloads.fresh(state)
-            gc.collect()
-            os.sync()
+            _quiet(state)
             wait = library.save(path, library.prepare(state)) if library else None
             begin = time.perf_counter()
             state = workloads.ready(step(state))
@@ -104,8 +106,7 @@ def _one_round(library: Library, path: Path, state: Any, samples: Samples, *, ch
     target, copy = workloads.abstract(state), workloads.fresh(state)
     prepared = library.prepare(copy)
     shutil.rmtree(path, ignore_errors=True)
-    gc.collect()
-    os.sync()
+    _quiet(state)
     begin = time.perf_counter()
     wait = library.save(path, prepared)
     blocked = time.perf_counter()
@@ -115,8 +116,8 @@ def _one_round(library: Library, path: Path, state: Any, samples: Samples, *, ch
     samples[f"{library.name} durable"].append(durable - begin)
     del prepared, wait, copy  # with what JAX has cached of it on the host, before loading takes as much again
     for name, load in library.loads().items():
+        _quiet(state)
         _read_all(path)
-        gc.collect()
         begin = time.perf_counter()
         result = workloads.ready(load(path, target))
         samples[f"{library.name} {name}"].append(time.perf_counter() - begin)
@@ -149,6 +150,26 @@ def _leaf_count(state: Any) -> int:
     import jax
 
     return len(jax.tree.leaves(state))
+
+
+def _quiet(state: Any) -> None:
+    """Leave nothing to collect, nothing to write, and enough free memory that the machine has at hand.
+
+    A virtual machine gets memory from its host when a page is first touched, and gives back what has been free for a
+    while: measured, that makes the same read seven times slower for whoever happens to come first.
+    """
+    import numpy as np
+
+    gc.collect()
+    os.sync()
+    size = min(2 * workloads.byte_count(state), _available() // 2)
+    with mmap.mmap(-1, size) as memory:
+        np.frombuffer(memory, np.uint8)[:: mmap.PAGESIZE] = 1
+
+
+def _available() -> int:
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
 def _read_all(path: Path) -> None:

@@ -2,8 +2,8 @@
 
 The rule: what is compared is measured side by side. Libraries take turns, round by round, each starting from a freshly
 copied state, an empty directory, memory at hand and a disk with nothing left to write; loads follow from a warm page
-cache; what is old is deleted outside the timing. Each library is warmed up on a small state first, and the machine by a raw round that is
-not counted; what each library loads is compared, once, with what it was given, to the bit.
+cache; what is old is deleted outside the timing. Each library is warmed up on a small state first, and the machine by a
+raw round that is not counted; what each library loads is compared, once, with what it was given, to the bit.
 
 Called by `run.py` with one JSON argument; writes JSON to the file named there.
 """

@@ -153,17 +153,19 @@ def _leaf_count(state: Any) -> int:
 
 
 def _quiet(state: Any) -> None:
-    """Leave nothing to collect, nothing to write, and enough free memory that the machine has at hand.
+    """Leave nothing to collect, nothing to write, and free memory that the machine has at hand.
 
-    A virtual machine gets memory from its host when a page is first touched, and gives back what has been free for a
-    while: measured, that makes the same read seven times slower for whoever happens to come first.
+    A virtual machine gets memory from its host when a page is first touched, and gives back what has been free for some
+    seconds: the same read was measured to take 0.2 s or 1.5 s, and the slow one is whoever comes first. Only huge pages
+    help those who ask for huge pages, as NumPy does.
     """
     import numpy as np
 
     gc.collect()
     os.sync()
     size = min(2 * workloads.byte_count(state), _available() // 2)
-    with mmap.mmap(-1, size) as memory:
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory.madvise(mmap.MADV_HUGEPAGE)
         np.frombuffer(memory, np.uint8)[:: mmap.PAGESIZE] = 1
 
 

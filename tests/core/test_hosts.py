@@ -14,6 +14,7 @@ import milepost
 import numpy as np
 import pytest
 from milepost import errors
+from milepost.engine.items import TreeItem
 from milepost.engine.saving import Save, SaveRequest
 from milepost.hosts import OneHost
 from milepost.memory import MemoryStorage
@@ -50,7 +51,8 @@ def save_on(cluster, url, tree_of=lambda host: state(), *, overwrite=False, plug
 
     def act(host):
         def save():
-            started = Save(SaveRequest(url, {"state": tree_of(host)}, overwrite=overwrite), hosts=host, plugins=plugins)
+            request = SaveRequest(url, {"state": TreeItem(tree_of(host))}, overwrite=overwrite)
+            started = Save(request, hosts=host, plugins=plugins)
             started.prepare(lasting=False)()
             return started.finish()
 
@@ -194,7 +196,7 @@ def test_a_host_that_does_not_come_ends_in_an_error_that_names_the_phase(tmp_pat
     def act(host):
         if host.index == 1:
             return None  # it has died
-        started = Save(SaveRequest(tmp_path / "7", {"state": state()}), hosts=host)
+        started = Save(SaveRequest(tmp_path / "7", {"state": TreeItem(state())}), hosts=host)
         return started.prepare(lasting=False)
 
     first, second, third = ThreadCluster(3, deadline=0.5).run(act)

@@ -67,7 +67,8 @@ class Item:
     `leaves` has one JSON object per leaf, in order: `type` names the leaf handler, `arrays` its arrays by part (each an
     `ArrayLeaf` once read), the rest belongs to the handler. `shardings` are what the leaves' arrays were spread over:
     information, never a demand. `records` is the array writer's, one for each host that wrote; its files are below
-    `prefix`, relative to the checkpoint.
+    `prefix`, relative to the checkpoint. An item that wrote its own files has no writer. `handler` names what the item
+    was saved with, where the caller said so.
     """
 
     structure: Any
@@ -76,6 +77,8 @@ class Item:
     writer: str
     prefix: str
     records: list[Any]
+    handler: str = ""
+    custom_metadata: Json = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -102,7 +105,7 @@ def encode(manifest: Manifest) -> bytes:
     """Return the body of the commit object: ASCII JSON that ends in a checksum of all that stands before it."""
     head: dict[str, Any] = {"format": FORMAT}
     head |= {field.name: getattr(manifest, field.name) for field in dataclasses.fields(manifest)}
-    head["items"] = {name: _shallow(item) for name, item in manifest.items.items()}
+    head["items"] = {name: _without_blank(_shallow(item)) for name, item in manifest.items.items()}
     head["files"] = [_shallow(file) for file in manifest.files]
     body = json.dumps(head, separators=(",", ":"), allow_nan=False).encode("ascii")[:-1]
     return body + f'{_CHECKSUM}{fingerprint(body)}"}}'.encode()
@@ -110,6 +113,10 @@ def encode(manifest: Manifest) -> bytes:
 
 def _shallow(value: Any) -> dict[str, Any]:
     return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+
+
+def _without_blank(item: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in item.items() if value or key not in ("handler", "custom_metadata")}
 
 
 def is_manifest(body: bytes) -> bool:
@@ -200,6 +207,8 @@ def _item(json: Any, name: str) -> Item:
         writer=_is(json["writer"], str, "writer"),
         prefix=check_path(_is(json["prefix"], str, "prefix").removesuffix("/")) + "/",
         records=_is(json["records"], list, "records"),
+        handler=_is(json.get("handler", ""), str, "handler"),
+        custom_metadata=_is_any(json.get("custom_metadata"), (dict, type(None)), "custom_metadata of an item"),
     )
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, runtime_che
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -30,6 +31,7 @@ __all__ = [
     "ExchangesPrefixes",
     "Hosts",
     "Json",
+    "KeepsFolders",
     "LeafHandler",
     "Leftover",
     "Location",
@@ -182,6 +184,15 @@ class MapsFiles(Protocol):
         The mapping lives as long as anything refers to it. Cutting the object short meanwhile kills the process, so
         only objects that nobody rewrites in place may be mapped.
         """
+        ...
+
+
+@runtime_checkable
+class KeepsFolders(Protocol):
+    """A storage whose prefixes are folders of this machine's file system."""
+
+    def folder(self, prefix: str) -> Path:
+        """Return the folder of a prefix, whether or not it exists."""
         ...
 
 

@@ -83,6 +83,10 @@ class PosixStorage:
             flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
             return memoryview(mmap.mmap(file, size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE))
 
+    def folder(self, prefix: str) -> Path:
+        """Return the directory of a prefix, whether or not it exists."""
+        return self._path(prefix.removesuffix("/"))
+
     def size(self, key: str) -> int:
         """Return the size of a file in bytes."""
         path = self._path(key)
@@ -91,7 +95,7 @@ class PosixStorage:
 
     def children(self, prefix: str) -> Iterable[str]:
         """Return the names directly below a prefix; those of directories end in "/"."""
-        path = self._folder(prefix) if prefix else self._root
+        path = self.folder(prefix) if prefix else self._root
         gone = contextlib.suppress(FileNotFoundError, NotADirectoryError)
         with explained("list", path), gone, os.scandir(path) as entries:
             return [_shown(entry) for entry in entries if not entry.name.startswith(_TEMPORARY)]
@@ -123,7 +127,7 @@ class PosixStorage:
     def delete(self, key: str) -> None:
         """Remove a file, or with a key that ends in "/" everything below it; what is gone already is no error."""
         for each in [key] if key else self.children(""):
-            path = self._folder(each)
+            path = self.folder(each)
             with explained("delete", path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 _remove_tree(path) if each.endswith("/") else path.unlink()
                 sync(path.parent)
@@ -132,7 +136,7 @@ class PosixStorage:
 
     def rename(self, source: str, target: str) -> None:
         """Rename a directory, durably; `AlreadyExistsError` if anything but an empty directory is at the target."""
-        old, new = self._folder(source), self._folder(target)
+        old, new = self.folder(source), self.folder(target)
         with explained("rename", old, new):
             if old.parent != new.parent:
                 _make_directory(new.parent, self._mode, [])
@@ -142,7 +146,7 @@ class PosixStorage:
 
     def exchange(self, one: str, other: str) -> bool:
         """Swap two directories at one instant, durably; False, with nothing changed, where this system cannot."""
-        first, second = self._folder(one), self._folder(other)
+        first, second = self.folder(one), self.folder(other)
         with explained("exchange", first, second):
             for path in (first, second):
                 path.lstat()  # the answer for what is not there is the same on every system
@@ -153,7 +157,7 @@ class PosixStorage:
 
     def sync(self, prefix: str) -> None:
         """Make everything below the prefix durable, whoever wrote it, and every directory on the way to it."""
-        path = self._folder(prefix)
+        path = self.folder(prefix)
         with explained("sync", path):
             for folder, _, names in os.walk(path, topdown=False, onerror=_raise):
                 for file in (Path(folder, name) for name in names):
@@ -177,9 +181,6 @@ class PosixStorage:
             if not plain or segments[-1].startswith(_TEMPORARY):
                 raise _system.failure(errno.EINVAL, "it is no relative path of plain names")
         return self._root.joinpath(*segments)
-
-    def _folder(self, prefix: str) -> Path:
-        return self._path(prefix.removesuffix("/"))
 
     @contextlib.contextmanager
     def _opened(self, action: str, key: str) -> Iterator[tuple[int, int]]:

@@ -143,6 +143,14 @@ class Plan:
     copied: list[_Copied]
     budget: Budget
 
+    @property
+    def data_bytes(self) -> int:
+        """The bytes that this host writes."""
+        return sum(
+            math.prod(piece.spec.shape if piece.box is None else piece.box.shape) * _itemsize(piece.spec)
+            for piece in self.pieces
+        )
+
     def snapshot(self) -> None:
         """Return when nothing that the caller does to the tree can change what is written."""
         for data in self.copied:

@@ -13,7 +13,7 @@ from milepost.checksums import Running
 from milepost.manifest import FileEntry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from milepost.protocols import Buffer, Storage
 
@@ -23,8 +23,11 @@ __all__ = ["RecordingStorage"]
 class RecordingStorage:
     """A storage that keeps the name, size and checksum of every object written below a prefix."""
 
-    def __init__(self, storage: Storage, prefix: str, data: str) -> None:
+    def __init__(
+        self, storage: Storage, prefix: str, data: str, progress: Callable[[int], object] = lambda _: None
+    ) -> None:
         self._storage = storage
+        self._progress = progress
         self._prefix = prefix
         self._data = data
         self._lock = threading.Lock()
@@ -52,7 +55,7 @@ class RecordingStorage:
     def write(self, key: str, buffers: Iterable[Buffer]) -> None:
         """Write to the storage underneath, and take note."""
         running = Running()
-        self._storage.write(key, _measured(buffers, running))
+        self._storage.write(key, _measured(buffers, running, self._progress))
         path = self._data + key.removeprefix(self._prefix)
         with self._lock:
             self._files[path] = FileEntry(path, running.size, running.fingerprint())
@@ -70,7 +73,8 @@ class RecordingStorage:
         return self._storage.size(key)
 
 
-def _measured(buffers: Iterable[Buffer], running: Running) -> Iterator[Buffer]:
+def _measured(buffers: Iterable[Buffer], running: Running, progress: Callable[[int], object]) -> Iterator[Buffer]:
     for buffer in buffers:
         running.update(buffer)
         yield buffer
+        progress(len(buffer))

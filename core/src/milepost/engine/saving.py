@@ -26,7 +26,9 @@ from milepost import manifest as manifests
 from milepost.attempts import new_attempt
 from milepost.engine.budgets import automatic_budget
 from milepost.engine.collecting import resting_collector
+from milepost.engine.items import OwnFiles, OwnItem, TreeItem
 from milepost.engine.pieces import Budget, Plan, plan_arrays
+from milepost.engine.progress import Progress, Progressing
 from milepost.engine.recording import RecordingStorage
 from milepost.errors import AlreadyExistsError, NotFoundError, RequestError, StorageError, noted
 from milepost.hookspecs import CheckpointEvent
@@ -48,13 +50,17 @@ _logger = logging.getLogger("milepost")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SaveRequest:
-    """What to save, under which name: trees by item name, and what the caller wants noted about them."""
+    """What to save, under which name: items by name, and what the caller wants noted about them.
+
+    `progress` is called with the bytes written so far and the bytes there are, from any thread.
+    """
 
     path: str | os.PathLike[str]
-    items: Mapping[str, Any]
+    items: Mapping[str, TreeItem[Any] | OwnItem]
     overwrite: bool = False
     custom_metadata: Mapping[str, Any] | None = None
     metrics: Mapping[str, Any] | None = None
+    progress: Progress | None = None
 
 
 @dataclasses.dataclass(slots=True)
@@ -70,10 +76,11 @@ class _Clock:
             self.seconds[name] = time.perf_counter() - began
 
 
-class _Leaves:
-    """What the manifest says of a tree's leaves, without the arrays."""
+class _Tree:
+    """What the manifest says of a tree, without the arrays."""
 
-    def __init__(self, taken: Taken) -> None:
+    def __init__(self, item: TreeItem[Any], taken: Taken) -> None:
+        self.handler, self.custom_metadata = item.handler, item.custom_metadata
         self.structure = taken.structure
         self.types = taken.types
         self.jsons = [parts.json for parts in taken.parts]
@@ -87,6 +94,7 @@ class Save:
         self._hosts = hosts or OneHost()
         self._plugins = plugins or installed()
         self._clock = _Clock()
+        self._own: dict[str, OwnFiles] = {}
 
     def prepare(self, *, lasting: bool) -> Callable[[], None]:
         """Refuse what cannot be saved, and begin; return what completes the snapshot.
@@ -113,7 +121,11 @@ class Save:
         self._custom_metadata = _plain_json(self._request.custom_metadata, "custom_metadata")
         self._metrics = _plain_json(self._request.metrics, "metrics")
         self._arrays = self._array_writer()
-        self._taken = {name: take_apart(tree, handlers_of(self._plugins)) for name, tree in self._request.items.items()}
+        trees = {name: item for name, item in self._request.items.items() if isinstance(item, TreeItem)}
+        for name, item in trees.items():
+            _plain_json(item.custom_metadata, f"custom_metadata of item {name!r}")
+        self._taken = {name: take_apart(item.tree, handlers_of(self._plugins)) for name, item in trees.items()}
+        self._trees = {name: _Tree(item, self._taken[name]) for name, item in trees.items()}
 
     def _array_writer(self) -> ArrayIO:
         route = self._open.route
@@ -128,10 +140,26 @@ class Save:
             budget = Budget(lambda: route.save_budget or automatic_budget(lasting=self._lasting), route.threads)
             arrays = [parts.arrays for parts in taken.parts]
             self._plans[name] = plan_arrays(taken.names, arrays, self._hosts, budget, lasting=self._lasting)
-        self._leaves = {name: _Leaves(taken) for name, taken in self._taken.items()}
+        self._begin_own()
         # From here on only the plans refer to arrays, so that each can go as soon as it is written or copied.
         self._taken = {}
         self._request = dataclasses.replace(self._request, items={})
+
+    def _begin_own(self) -> None:
+        try:
+            for name, item in self._request.items.items():
+                if isinstance(item, OwnItem):
+                    self._own[name] = OwnFiles(item)
+        except BaseException:
+            self._close()
+            raise
+
+    def _close(self) -> None:
+        for plan in self._plans.values():
+            plan.close()
+        for own in self._own.values():
+            own.close()
+        self._plans, self._own = {}, {}
 
     def _snapshot(self) -> None:
         began = time.perf_counter()
@@ -168,40 +196,54 @@ class Save:
             self._tell("save_failed", error=error)
             raise
         finally:
-            for plan in self._plans.values():
-                plan.close()
-            self._plans = {}
+            self._close()
         self._tell("save_committed", size=manifest.data_bytes)
         return manifest
 
     def _write(self, staging: Staging) -> tuple[dict[str, Item], list[FileEntry]]:
-        items: dict[str, Item] = {}
-        files: list[FileEntry] = []
-        for name, plan in self._plans.items():
-            storage = RecordingStorage(self._open.storage, staging.prefix, staging.data)
-            location = self._location(storage, staging, name)
-            self._hosts.decide(f"create {name}", functools.partial(self._arrays.create, location, plan.specs))
-            write = functools.partial(self._write_item, location, storage, plan)
-            answers = self._hosts.together(f"write {name}", write)
-            files += [FileEntry(**file) for answer in answers for file in answer["files"]]
-            items[name] = self._item(name, plan, staging, [answer["record"] for answer in answers])
-        return items, files
+        storage = RecordingStorage(self._open.storage, staging.prefix, staging.data, self._progress())
+        items = {name: self._write_tree(name, plan, staging, storage) for name, plan in self._plans.items()}
+        items |= {name: self._write_own(name, own, staging, storage) for name, own in self._own.items()}
+        answers = self._hosts.together("files", lambda: [dataclasses.asdict(file) for file in storage.files()])
+        return items, [FileEntry(**file) for files in answers for file in files]
 
-    def _write_item(self, location: Location, storage: RecordingStorage, plan: Plan) -> dict[str, Any]:
-        record = self._arrays.write(location, plan.pieces, self._options)
-        return {"record": record, "files": [dataclasses.asdict(file) for file in storage.files()]}
+    def _write_tree(self, name: str, plan: Plan, staging: Staging, storage: RecordingStorage) -> Item:
+        location = self._location(storage, staging, name)
+        self._hosts.decide(f"create {name}", functools.partial(self._arrays.create, location, plan.specs))
+        write = functools.partial(self._arrays.write, location, plan.pieces, self._options)
+        return self._item(name, plan, staging, self._hosts.together(f"write {name}", write))
+
+    def _write_own(self, name: str, own: OwnFiles, staging: Staging, storage: RecordingStorage) -> Item:
+        store = functools.partial(own.store, storage, f"{staging.prefix}{name}/")
+        self._hosts.together(f"write {name}", store)
+        return Item(None, [], [], "", f"{staging.data}{name}/", [], own.handler)
+
+    def _progress(self) -> Callable[[int], object]:
+        progress = self._request.progress
+        if progress is None:
+            return lambda _: None
+        return Progressing(progress, sum(plan.data_bytes for plan in self._plans.values())).add
 
     def _location(self, storage: RecordingStorage, staging: Staging, item: str) -> Location:
         prefix = f"{staging.prefix}{item}/"
         return Location(storage, prefix, f"{storage.url}/{prefix}", self._hosts.index, self._hosts.count)
 
     def _item(self, name: str, plan: Plan, staging: Staging, records: list[Any]) -> Item:
-        taken = self._leaves[name]
+        taken = self._trees[name]
         leaves = [
             {"type": kind, **json, "arrays": arrays} if arrays else {"type": kind, **json}
             for kind, json, arrays in zip(taken.types, taken.jsons, plan.arrays, strict=True)
         ]
-        return Item(taken.structure, leaves, plan.shardings, self._open.route.arrays, f"{staging.data}{name}/", records)
+        return Item(
+            structure=taken.structure,
+            leaves=leaves,
+            shardings=plan.shardings,
+            writer=self._open.route.arrays,
+            prefix=f"{staging.data}{name}/",
+            records=records,
+            handler=taken.handler,
+            custom_metadata=None if taken.custom_metadata is None else dict(taken.custom_metadata),
+        )
 
     def _commit(self, staging: Staging, items: Mapping[str, Item], files: list[FileEntry]) -> Manifest:
         manifest = Manifest(

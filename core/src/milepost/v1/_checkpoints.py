@@ -200,12 +200,13 @@ def _prepare(
     overwrite: bool,
     custom_metadata: Mapping[str, Any] | None,
 ) -> Save:
+    from milepost.engine.items import TreeItem
     from milepost.engine.saving import Save, SaveRequest
 
     if state is None:
         raise _ItemNameError("cannot save None: checkpointable must not be None for saving")
     return Save(
-        SaveRequest(path, {_item_name(name): state}, overwrite=overwrite, custom_metadata=custom_metadata),
+        SaveRequest(path, {_item_name(name): TreeItem(state)}, overwrite=overwrite, custom_metadata=custom_metadata),
     )
 
 

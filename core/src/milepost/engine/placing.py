@@ -22,9 +22,20 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from milepost.manifest import ArrayLeaf
+    from milepost.protocols import Array
     from milepost.trees import Handlers
 
-__all__ = ["DEFAULT_DEVICE", "HOST", "SKIP", "Wanted", "found_here", "want_as_saved", "want_as_target"]
+__all__ = [
+    "DEFAULT_DEVICE",
+    "HOST",
+    "SKIP",
+    "LeafTarget",
+    "Skipped",
+    "Wanted",
+    "found_here",
+    "want_as_saved",
+    "want_as_target",
+]
 
 
 class _Place:
@@ -42,20 +53,49 @@ DEFAULT_DEVICE = _Place("the default device")
 SKIP = _Place("nothing: the leaf is not loaded")
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class LeafTarget:
+    """A leaf of a target that says what becomes of what was saved; whatever is None stays as it was.
+
+    `kind` is `jax.Array`, `np.ndarray`, or a class of Python's numbers. With `fit`, an array of another shape is cut,
+    or filled up with zeros, along each axis. With `any_cast`, values may be lost in the cast.
+    """
+
+    kind: Any = None
+    shape: tuple[int, ...] | None = None
+    dtype: Any = None
+    sharding: Any = None
+    fit: bool = False
+    any_cast: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Skipped:
+    """A leaf of a target that comes back as it is."""
+
+    leaf: Any
+
+
 @dataclasses.dataclass(slots=True)
 class Wanted:
     """One leaf to load: where its arrays go (`HOST`, `DEFAULT_DEVICE` or a sharding), and in which dtype.
 
     `template` says what the target asks for: a class, or for random keys their sharding; None takes the leaf as it was
-    saved. With `SKIP` it is the leaf itself, and nothing is read.
+    saved. With `SKIP` it is the leaf itself, and nothing is read. `shape` is what the array is cut or filled up to, on
+    its way to `then`.
     """
 
     place: Any
     dtype: np.dtype[Any] | None = None
     template: Any = None
+    shape: tuple[int, ...] | None = None
+    then: Any = None
 
     def finish(self, value: Any) -> Any:
         """Turn what the leaf handler returns into what the target asks for."""
+        if self.shape is not None:
+            array = _fitted(np.asarray(value, self.dtype), self.shape)
+            return array if self.then is None else _to_device(array, self.then)
         if self.template is None:
             return value
         if isinstance(self.template, jax.sharding.Sharding):
@@ -79,17 +119,28 @@ def want_as_saved(leaf: Mapping[str, Any], shardings: list[Any]) -> Wanted:
     return Wanted(HOST)
 
 
-def found_here(saved: Mapping[str, Any]) -> Any:
+def _fitted(array: Array, shape: tuple[int, ...]) -> Array:
+    fitted = np.zeros(shape, array.dtype)
+    common = tuple(slice(0, min(lengths)) for lengths in zip(array.shape, shape, strict=True))
+    fitted[common] = array[common]
+    return fitted
+
+
+def found_here(saved: Mapping[str, Any], fallback: Any = None) -> Any:
     """Return the place that a saved sharding stands for on this machine."""
     if saved.get("committed") is False:
         return DEFAULT_DEVICE
-    return revive(saved) or DEFAULT_DEVICE
+    return revive(saved) or fallback or DEFAULT_DEVICE
 
 
-def want_as_target(leaf: Mapping[str, Any], target: Any, shardings: list[Any], handlers: Handlers) -> Wanted | str:
+def want_as_target(  # noqa: PLR0911 - one line for each kind of target
+    leaf: Mapping[str, Any], target: Any, shardings: list[Any], handlers: Handlers
+) -> Wanted | str:
     """Return how to load a leaf into a target leaf, or say in words why it does not fit."""
-    if target is None or target is Ellipsis:
-        return Wanted(SKIP, template=target)
+    if target is None or target is Ellipsis or isinstance(target, Skipped):
+        return Wanted(SKIP, template=target.leaf if isinstance(target, Skipped) else target)
+    if isinstance(target, LeafTarget):
+        return _want_asked(leaf, target, shardings)
     kind = leaf["type"]
     if isinstance(target, ArrayMetadata) and "key_impl" in leaf:
         return want_as_saved(leaf, shardings)
@@ -102,6 +153,44 @@ def want_as_target(leaf: Mapping[str, Any], target: Any, shardings: list[Any], h
     if handler is None or handler.name != kind:
         return f"saved as {_words(leaf)}, the target has a {type(target).__qualname__}"
     return want_as_saved(leaf, shardings)
+
+
+def _want_asked(leaf: Mapping[str, Any], target: LeafTarget, shardings: list[Any]) -> Wanted | str:
+    as_saved = want_as_saved(leaf, shardings)
+    if "key_impl" in leaf:
+        return as_saved if target.sharding is None else Wanted(DEFAULT_DEVICE, template=target.sharding)
+    shape = _shape_of(leaf)
+    if shape is None:
+        return as_saved if target.kind is None else f"saved as {_words(leaf)}, which is no {target.kind.__name__}"
+    return _want_numbers(leaf, shape, target, as_saved)
+
+
+def _want_numbers(
+    leaf: Mapping[str, Any], shape: tuple[int, ...], target: LeafTarget, as_saved: Wanted
+) -> Wanted | str:
+    wanted, kind = target.shape, target.kind or _kind_of(leaf)
+    if kind in _PYTHON_TYPES and shape:
+        return f"saved with shape {shape}, which is not a scalar"
+    if wanted is not None and wanted != shape and not (target.fit and len(wanted) == len(shape)):
+        return f"saved with shape {shape}, the target has shape {wanted}"
+    saved = _dtype_of(leaf)
+    name = saved if target.dtype is None else str(np.dtype(target.dtype).name)
+    if kind in _PYTHON_TYPES and target.dtype is None:
+        name = _PYTHON[kind.__name__]
+    if saved != name and not target.any_cast and not can_cast(saved, name):
+        return f"saved with dtype {saved}, the target has dtype {name}"
+    dtype = None if saved == name else dtype_named(name)
+    place = target.sharding or (DEFAULT_DEVICE if as_saved.place is HOST else as_saved.place)
+    if kind is not jax.Array:
+        place = HOST
+    if wanted is not None and wanted != shape:
+        return Wanted(HOST, dtype, shape=wanted, then=None if place is HOST else place)
+    return Wanted(place, dtype, template=kind)
+
+
+def _kind_of(leaf: Mapping[str, Any]) -> Any:
+    kinds = {"jax.Array": jax.Array, "np.ndarray": np.ndarray, "bool": bool, "int": int, "float": float}
+    return kinds.get(leaf["type"], complex if leaf["type"] == "complex" else np.generic)
 
 
 def _is_array_like(target: Any) -> bool:

@@ -6,9 +6,11 @@ The rule: one tree of classes; each is also the builtin that a reader of the doc
 MilepostError
 ├── RequestError                   change the call, or what is named in it
 │   ├── NotFoundError              (FileNotFoundError) look elsewhere
-│   │   └── CheckpointNotFoundError   also an InvalidLayoutError
+│   │   ├── CheckpointNotFoundError   also an InvalidLayoutError
+│   │   └── StepNotFoundError         another step
 │   ├── InvalidLayoutError         (ValueError) the path holds something else
 │   ├── AlreadyExistsError         (FileExistsError, ValueError) another name, or overwrite
+│   │   └── StepAlreadyExistsError    another step, or overwrite
 │   ├── UnsupportedLeafError       (ValueError, TypeError) take the leaves out of the tree
 │   ├── MismatchError              (ValueError) change the target
 │   ├── ItemNotFoundError          (KeyError) name another item
@@ -58,6 +60,8 @@ __all__ = [
     "PluginNotFoundError",
     "PluginWarning",
     "RequestError",
+    "StepAlreadyExistsError",
+    "StepNotFoundError",
     "StorageDeniedError",
     "StorageError",
     "StorageFullError",
@@ -92,6 +96,14 @@ class CheckpointNotFoundError(NotFoundError, InvalidLayoutError):
 
 class AlreadyExistsError(RequestError, FileExistsError, ValueError):
     """Say that the name is taken, before this call or by a racing writer."""
+
+
+class StepAlreadyExistsError(AlreadyExistsError):
+    """Say that a step of that number is there already, whoever saved it."""
+
+
+class StepNotFoundError(NotFoundError):
+    """Say that there is no step of that number; the note tells which there are."""
 
 
 class UnsupportedLeafError(RequestError, ValueError, TypeError):

@@ -95,11 +95,17 @@ def _settle(pending: Pending[Any], error: BaseException | None) -> None:
 
 
 class Background:
-    """A queue of one: work in the background, in order."""
+    """A queue of one: work in the background, in order.
 
-    def __init__(self) -> None:
+    With `at_exit`, a failure that nobody has seen by then ends the process with an exit status that is not 0.
+    """
+
+    def __init__(self, *, at_exit: bool = False) -> None:
         self._lock = threading.Lock()
         self._last: Pending[Any] | None = None
+        self._exit = functools.partial(_at_exit, self)
+        if at_exit:
+            atexit.register(self._exit)
 
     def start(self, work: Callable[[], T], what: str) -> Pending[T]:
         """Wait for the work before, raise its failure if nobody has seen it, then start this."""
@@ -108,7 +114,10 @@ class Background:
             future: Future[T] = Future()
             pending = Pending(future, what)
             # Not a daemon: the interpreter waits for it, so that a script may end right after its last save.
-            threading.Thread(target=_run, args=(future, work), name="milepost", daemon=False).start()
+            # It begins when the caller has gone on: a new thread would keep the interpreter's lock for milliseconds.
+            gate = threading.Lock()
+            with gate:
+                threading.Thread(target=_run, args=(gate, future, work), name="milepost", daemon=False).start()
             self._last = pending
             return pending
 
@@ -131,6 +140,7 @@ class Background:
 
     def close(self) -> BaseException | None:
         """Wait for the work under way, and return its failure if nobody has seen it."""
+        atexit.unregister(self._exit)
         try:
             self.wait()
         except BaseException as error:  # noqa: BLE001 - it is handed on
@@ -138,7 +148,8 @@ class Background:
         return None
 
 
-def _run(future: Future[T], work: Callable[[], T]) -> None:
+def _run(gate: threading.Lock, future: Future[T], work: Callable[[], T]) -> None:
+    gate.acquire()
     try:
         value = work()
     except BaseException as error:  # noqa: BLE001 - it is raised to whoever asks
@@ -150,9 +161,7 @@ def _run(future: Future[T], work: Callable[[], T]) -> None:
 @functools.cache
 def of_this_process() -> Background:
     """Return the queue of the functions that are called without an object of their own."""
-    background = Background()
-    atexit.register(_at_exit, background)
-    return background
+    return Background(at_exit=True)
 
 
 def _at_exit(background: Background) -> None:
@@ -164,7 +173,6 @@ def _at_exit(background: Background) -> None:
     if getattr(sys, "last_value", None) is not None:
         return  # the process is ending with an error of its own already
     # An exception in an exit handler does not change the exit status, and a scheduler sees nothing else.
-    atexit.unregister(_at_exit)
     atexit._run_exitfuncs()  # noqa: SLF001 - there is no public way to run the others first
     sys.stdout.flush()
     sys.stderr.flush()

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import os
-import pprint
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from milepost.errors import InvalidLayoutError, RequestError, noted
+from milepost.v1._metadata import CheckpointMetadata
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import TracebackType
-
-    from upath import UPath
 
     from milepost.engine.saving import Save
 
@@ -50,77 +47,6 @@ class AsyncResponse(Protocol[T_co]):
     ) -> None:
         """Wait; raise the failure unless another exception is on its way, which then gets a note."""
         ...
-
-
-class CheckpointMetadata(Generic[T]):
-    """What is known of a checkpoint without loading it.
-
-    `metadata` is the tree of the leaves' metadata. Timestamps are in nanoseconds since the epoch, by the clock of the
-    process that saved.
-    """
-
-    def __init__(
-        self,
-        path: UPath,
-        *,
-        metadata: T,
-        init_timestamp_nsecs: int | None = None,
-        commit_timestamp_nsecs: int | None = None,
-        custom_metadata: Mapping[str, Any] | None = None,
-    ) -> None:
-        self._path = path
-        self._metadata = metadata
-        self._init_timestamp_nsecs = init_timestamp_nsecs
-        self._commit_timestamp_nsecs = commit_timestamp_nsecs
-        self._custom_metadata = custom_metadata
-
-    @property
-    def path(self) -> UPath:
-        """Where the checkpoint is."""
-        return self._path
-
-    @property
-    def metadata(self) -> T:
-        """The metadata of what was saved."""
-        return self._metadata
-
-    @property
-    def init_timestamp_nsecs(self) -> int | None:
-        """When the save began."""
-        return self._init_timestamp_nsecs
-
-    @property
-    def commit_timestamp_nsecs(self) -> int | None:
-        """When the checkpoint came to exist."""
-        return self._commit_timestamp_nsecs
-
-    @property
-    def init_timestamp(self) -> dt.datetime | None:
-        """When the save began, in UTC."""
-        return _utc(self._init_timestamp_nsecs)
-
-    @property
-    def commit_timestamp(self) -> dt.datetime | None:
-        """When the checkpoint came to exist, in UTC."""
-        return _utc(self._commit_timestamp_nsecs)
-
-    @property
-    def custom_metadata(self) -> Mapping[str, Any] | None:
-        """What the caller of the save noted."""
-        return self._custom_metadata
-
-    def __repr__(self) -> str:
-        shown = {
-            "metadata": str(self._metadata),
-            "init_timestamp_nsecs": str(self._init_timestamp_nsecs),
-            "commit_timestamp_nsecs": str(self._commit_timestamp_nsecs),
-            "custom_metadata": str(self._custom_metadata),
-        }
-        return f"CheckpointMetadata({pprint.pformat(shown)})"
-
-
-def _utc(nsecs: int | None) -> dt.datetime | None:
-    return None if nsecs is None else dt.datetime.fromtimestamp(nsecs / 1e9, dt.UTC)
 
 
 def _item_name(name: str) -> str:
@@ -261,16 +187,15 @@ def metadata(path: str | os.PathLike[str], checkpointable_name: str | None = "AU
     from upath import UPath
 
     from milepost.engine.reading import choose_item, open_checkpoint
-    from milepost.metadata import leaf_metadata
+    from milepost.metadata.leaf import leaves_metadata
     from milepost.structure import build
 
     checkpoint = open_checkpoint(path)
     _, item = choose_item(checkpoint.manifest, checkpointable_name or "AUTO", checkpoint.url)
-    leaves = (leaf_metadata(leaf, item.shardings) for leaf in item.leaves)
     custom: Any = checkpoint.manifest.custom_metadata
     return CheckpointMetadata(
         UPath(checkpoint.url.removeprefix("file://")),
-        metadata=build(item.structure, leaves),
+        metadata=build(item.structure, leaves_metadata(item)),
         init_timestamp_nsecs=checkpoint.manifest.init_timestamp_nsecs,
         commit_timestamp_nsecs=checkpoint.manifest.commit_timestamp_nsecs,
         custom_metadata=custom,

@@ -1,4 +1,4 @@
-"""The errors of a sequence of steps, by the names of the reference; their home is `milepost.errors`."""
+"""The errors of a sequence of steps, by the names of the reference; decides nothing: they are `milepost.errors`'s."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class StandardNames:
     def parse(self, name: str) -> int | None:
         """Return the step of a name; None for any name that `build_name` does not give for a step from 0 on."""
         digits = name.removeprefix(underscored(self.prefix))
-        step = _number(digits) if digits.isascii() and digits.isdigit() else None
+        step = _number(digits) if digits.isdecimal() else None
         return step if step is not None and self.build_name(step) == name else None
 
 

@@ -166,8 +166,8 @@ class Sequence:
         self._deletions.wait()
         names = step_names(self.rules.names, self._root)
         with self._lock:
-            self._steps = {step: Step(step, urls.join(self.url, name)) for step, name in sorted(names.items())}
-            self._unproven = set(self._steps)
+            self._steps = {step: Step(step, urls.join(self.url, found[0])) for step, found in sorted(names.items())}
+            self._unproven = names
 
     def steps(self) -> list[Step]:
         """Return all steps by number, the one under way among them."""
@@ -217,11 +217,15 @@ class Sequence:
 
     def _prove(self, steps: list[int]) -> list[int]:
         """Look which of some names are checkpoints, and forget those that are none."""
-        by_name = {self._steps[step].name: step for step in steps}
-        proven = {by_name[name] for name in self._root.checkpoints(by_name)}
-        self._unproven -= set(steps)
-        for step in set(steps) - proven:
-            del self._steps[step]
+        names = {name: step for step in steps for name in self._unproven.pop(step)}
+        proven: dict[int, str] = {}
+        for name in self._root.checkpoints(names):
+            proven.setdefault(names[name], name)
+        for step in steps:
+            if step not in proven:
+                del self._steps[step]
+            elif self._steps[step].name != proven[step]:
+                self._steps[step] = Step(step, urls.join(self.url, proven[step]))
         return sorted(proven)
 
     # --- saving ---
@@ -297,7 +301,7 @@ class Sequence:
         about.know(_utc(manifest.commit_timestamp_nsecs), manifest.metrics)
         with self._lock:
             self._steps[about.step] = about
-            self._unproven.discard(about.step)
+            self._unproven.pop(about.step, None)
         for what, act in (("callback", request.committed), ("retention", self._retain)):
             try:
                 if act is not None:
@@ -318,7 +322,7 @@ class Sequence:
     def _let_go(self, step: Step) -> Future[None]:
         with self._lock:
             self._steps.pop(step.step, None)
-            self._unproven.discard(step.step)
+            self._unproven.pop(step.step, None)
         return self._deletions.start(functools.partial(self._remove, step), step)
 
     def _remove(self, step: Step) -> None:

@@ -65,7 +65,7 @@ class Root:
 
     def folders(self) -> list[str]:
         """Return the names of all folders, in no order, also of checkpoints that an overwrite was about to replace."""
-        found = {child[:-1] for child in self.storage.children("") if child.endswith("/")}
+        found = self._children()
         unfinished = filter(None, map(parse_temporary, found))
         # Between the two renames of an overwrite the checkpoint has no name, and yet it can be read under it.
         for name in {one.final for one in unfinished} - found:
@@ -87,8 +87,12 @@ class Root:
     def checkpoints(self, names: Iterable[str]) -> Iterator[str]:
         """Yield those of some folders that hold a commit object, or can be read in its place, several looks at once."""
         wanted = list(names)
-        marked = set(self._marked(wanted)) if wanted else set()
-        yield from (name for name in wanted if name in marked or self.strategy.recover(self.storage, name) is not None)
+        found = set(self._marked(wanted)) if wanted else set()
+        rest = set(wanted) - found
+        if rest:
+            unfinished = {one.final for one in map(parse_temporary, self._children()) if one is not None}
+            found |= {name for name in rest & unfinished if self._is_recoverable(name)}
+        yield from (name for name in wanted if name in found)
 
     def move(self, name: str, folder: str) -> None:
         """Move a checkpoint into a folder below the root, durably, under a name that is free there."""
@@ -186,6 +190,9 @@ class Root:
         # Closed before anything is yielded: an iterator that nobody exhausts leaves no thread behind.
         with ThreadPoolExecutor(min(len(names), _AT_ONCE), thread_name_prefix="milepost-find") as pool:
             return list(itertools.compress(names, pool.map(self._holds_commit_object, names)))
+
+    def _children(self) -> set[str]:
+        return {child[:-1] for child in self.storage.children("") if child.endswith("/")}
 
     def _is_recoverable(self, name: str) -> bool:
         with _nowhere():

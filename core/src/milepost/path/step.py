@@ -295,20 +295,22 @@ def composite_name_format(
     return _CompositeNameFormat(write_name_format, tuple(read_name_formats))
 
 
-def step_names(name_format: NameFormat[Any], root: Root) -> dict[int, str]:
-    """Return by number the names that a format finds in one listing of a root, whether or not they are committed.
+def step_names(name_format: NameFormat[Any], root: Root) -> dict[int, list[str]]:
+    """Return by number the names that a format finds in one listing of a root, the preferred first.
 
-    A format that anybody else wrote is asked for what it finds.
+    Whether they are committed is not looked at. A format that anybody else wrote is asked for what it finds.
     """
     formats = name_format.read_name_formats if isinstance(name_format, _CompositeNameFormat) else (name_format,)
-    found: dict[int, str] = {}
+    found: dict[int, list[str]] = {}
     folders: list[str] | None = None
-    for one in reversed(formats):
+    for one in formats:
         if isinstance(one, _StandardNameFormat):
             folders = root.folders() if folders is None else folders
-            found |= one.steps_among(folders)
+            names = one.steps_among(folders)
         else:
-            found |= {metadata.step: metadata.path.name for metadata in one.find_all(root.url)}
+            names = {metadata.step: metadata.path.name for metadata in one.find_all(root.url)}
+        for step, name in names.items():
+            found.setdefault(step, []).append(name)
     return found
 
 

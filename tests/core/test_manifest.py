@@ -280,6 +280,27 @@ def test_a_huge_shape_with_a_tiny_file_is_refused(saved, shape, also):
     refused(saved, errors.DamagedError)
 
 
+@pytest.mark.parametrize("odd", [True, 1.0], ids=repr)
+@pytest.mark.parametrize("where", ["leaf", "sharding", "record"])
+def test_a_number_of_another_kind_is_refused_also_where_an_equal_one_was_believed(tmp_path, where, odd):
+    other = jax.sharding.SingleDeviceSharding(jax.devices()[1])
+    one = np.ones(1, np.float32)
+    milepost.save(tmp_path / "1", [jax.device_put(one), *jax.device_put([one] * 3, other)])
+    document = manifests.read(tmp_path / "1")
+    item = document["items"]["state"]
+    last = item["leaves"][-1]["arrays"][""]
+    assert (last["shape"], last["sharding"]) == ([1], 1)
+    match where:
+        case "leaf":
+            last["shape"] = [odd]
+        case "sharding":
+            last["sharding"] = odd
+        case "record":
+            item["records"][0]["files"][0]["pieces"][-1][2] = [odd]
+    manifests.write(tmp_path / "1", document)
+    refused(tmp_path / "1")
+
+
 @pytest.mark.parametrize("offset", [0, 1, 1 << 20, 1 << 62, -64])
 def test_a_lying_offset_is_refused(saved, offset):
     document = manifests.read(saved)

@@ -17,6 +17,7 @@ import optax
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
@@ -220,6 +221,24 @@ def test_arrays_in_any_memory_order_come_back_equal(tmp_path):
     milepost.save(tmp_path / "1", tree)
     for name, array in milepost.load(tmp_path / "1").items():
         np.testing.assert_array_equal(tree[name], array)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_array_in_a_layout_of_its_own_comes_back_equal(tmp_path, dtype):
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    array = jax.device_put(jnp.arange(12, dtype=dtype).reshape(3, 4), Format(Layout((1, 0)), where))
+    assert np.asarray(array).strides[0] < np.asarray(array).strides[1]
+    milepost.save(tmp_path / "1", {"a": array})
+    assert milepost.load(tmp_path / "1")["a"].tolist() == np.arange(12.0).reshape(3, 4).tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_save_keeps_no_array_from_being_donated_without_a_copy(tmp_path, dtype):
+    array = jax.block_until_ready(jnp.ones((256, 256), dtype))
+    milepost.save(tmp_path / "1", {"a": array})
+    memory = array.unsafe_buffer_pointer()
+    after = jax.jit(lambda x: x + 1, donate_argnums=0)(array)
+    assert after.unsafe_buffer_pointer() == memory
 
 
 def test_a_mapped_array_of_numpy_is_saved_as_an_array(tmp_path):

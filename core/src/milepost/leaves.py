@@ -10,6 +10,7 @@ only when a handler is asked for its types.
 from __future__ import annotations
 
 import base64
+import functools
 import struct
 from typing import TYPE_CHECKING, Any
 
@@ -214,20 +215,15 @@ class JaxArrayHandler:
 
     def take_apart(self, leaf: Any) -> Parts:
         """Return the array itself, or a key's data."""
-        import jax
-        import jax.numpy as jnp
-        from jax.core import Tracer
-
-        if isinstance(leaf, Tracer):
+        if isinstance(leaf, _tracer()):
             raise ValueError("it is a tracer: the save was called inside a function that JAX is tracing")  # noqa: TRY004 - a refusal
         if leaf.is_deleted():
             raise ValueError("it has been deleted or donated")
-        if isinstance(leaf.dtype, np.dtype):
-            dtype_name(leaf.dtype)
+        dtype = leaf.dtype
+        if isinstance(dtype, np.dtype):
+            dtype_name(dtype)
             return Parts({"weak_type": True} if leaf.weak_type else {}, {"": leaf})
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return Parts({"key_impl": str(jax.random.key_impl(leaf))}, {"": jax.random.key_data(leaf)})
-        raise ValueError(f"its dtype {leaf.dtype} is none that can be written")
+        return _key_parts(leaf)
 
     def put_together(self, json: Mapping[str, Json], arrays: Mapping[str, Any]) -> Any:
         """Return the array, or the key."""
@@ -239,6 +235,22 @@ class JaxArrayHandler:
         if json.get("weak_type") and array.shape == ():
             return _weak(array)
         return array
+
+
+@functools.cache
+def _tracer() -> type:
+    from jax.core import Tracer
+
+    return Tracer
+
+
+def _key_parts(leaf: Any) -> Parts:
+    import jax
+    import jax.numpy as jnp
+
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return Parts({"key_impl": str(jax.random.key_impl(leaf))}, {"": jax.random.key_data(leaf)})
+    raise ValueError(f"its dtype {leaf.dtype} is none that can be written")
 
 
 def _weak(array: Any) -> Any:

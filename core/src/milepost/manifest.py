@@ -196,7 +196,8 @@ def _manifest(document: Mapping[str, Any]) -> Manifest:
 
 def _item(json: Any, name: str) -> Item:
     _is(json, dict, f"item {name!r}")
-    leaves = [_leaf(leaf, len(json["shardings"])) for leaf in _is(json["leaves"], list, "leaves")]
+    known: dict[tuple[Any, ...], ArrayLeaf] = {}
+    leaves = [_leaf(leaf, len(json["shardings"]), known) for leaf in _is(json["leaves"], list, "leaves")]
     shardings = [_is(sharding, dict, "sharding") for sharding in _is(json["shardings"], list, "shardings")]
     if (count := count_leaves(json["structure"])) != len(leaves):
         raise ValueError(f"item {name!r} has {len(leaves)} leaves in a structure for {count}")
@@ -212,21 +213,35 @@ def _item(json: Any, name: str) -> Item:
     )
 
 
-def _leaf(json: Any, shardings: int) -> dict[str, Any]:
+def _leaf(json: Any, shardings: int, known: dict[tuple[Any, ...], ArrayLeaf]) -> dict[str, Any]:
     _is(json, dict, "leaf")
     _is(json["type"], str, "type of a leaf")
-    arrays: dict[str, ArrayLeaf] = {}
-    for part, array in _is(json.get("arrays", {}), dict, "arrays of a leaf").items():
-        shape = array["shape"]
-        for length in _is(shape, list, "shape"):
-            _count(length, "shape")
-        sharding = array["sharding"]
-        if sharding is not None and not 0 <= _count(sharding, "sharding") < shardings:
-            raise ValueError(f"sharding {sharding} is none of {shardings}")
-        arrays[part] = ArrayLeaf(tuple(shape), _is(array["dtype"], str, "dtype"), sharding)
+    raw = _is(json.get("arrays", {}), dict, "arrays of a leaf")
+    arrays = {part: _array(array, shardings, known) for part, array in raw.items()}
     _check_known(json, arrays)
     json["arrays"] = arrays
     return json  # type: ignore[no-any-return]
+
+
+def _array(json: Any, shardings: int, known: dict[tuple[Any, ...], ArrayLeaf]) -> ArrayLeaf:
+    """Return what is said of an array; those that are `known` already are shared, since most of a tree is alike."""
+    shape, dtype, sharding = json["shape"], json["dtype"], json["sharding"]
+    # The kinds of all values are looked at first: to a dict, 1 and True are the same key.
+    for length in _is(shape, list, "shape"):
+        if type(length) is not int:
+            _count(length, "shape")
+    _is(dtype, str, "dtype")
+    if sharding is not None and type(sharding) is not int:
+        _count(sharding, "sharding")
+    key = (tuple(shape), dtype, sharding)
+    found = known.get(key)
+    if found is None:
+        for length in shape:
+            _count(length, "shape")
+        if sharding is not None and not 0 <= _count(sharding, "sharding") < shardings:
+            raise ValueError(f"sharding {sharding} is none of {shardings}")
+        found = known[key] = ArrayLeaf(*key)
+    return found
 
 
 def _check_known(json: Mapping[str, Any], arrays: Mapping[str, ArrayLeaf]) -> None:

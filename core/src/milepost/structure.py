@@ -152,7 +152,7 @@ def child_keys(node: Mapping[str, Any]) -> Sequence[Key]:
     """Return the keys of a container's children, in their order."""
     match node["kind"]:
         case "dict" | "OrderedDict" | "defaultdict" | "custom":
-            return [_decode_key(key) for key in node["keys"]]
+            return [key if type(key) is str else _decode_key(key) for key in node["keys"]]
         case "namedtuple":
             return [Attr(name) for name in node["fields"]]
         case "list" | "tuple":
@@ -256,7 +256,9 @@ def leaf_names(paths: Sequence[tuple[Key, ...]]) -> list[str]:
     seen: dict[str, int] = {}
     names = []
     for path in paths:
-        name = "/".join([key_text(key).replace("~", "~0").replace("/", "~1") for key in path]) or "value"
+        name = "/".join(map(str, path)) or "value"
+        if "~" in name or name.count("/") >= len(path):
+            name = "/".join([key_text(key).replace("~", "~0").replace("/", "~1") for key in path]) or "value"
         count = seen[name] = seen.get(name, 0) + 1
         # "~2" cannot come from escaping, so a number behind a tilde never meets another leaf's name.
         names.append(name if count == 1 else f"{name}~{count}")
@@ -282,7 +284,7 @@ def build(  # noqa: PLR0911 - one line for each kind of container
         return next(leaves)
     if structure is None:
         return None
-    children = [build(child, leaves, make_custom) for child in structure["children"]]
+    children = [next(leaves) if child == LEAF else build(child, leaves, make_custom) for child in structure["children"]]
     match structure["kind"]:
         case "list":
             return children

@@ -214,6 +214,8 @@ def _or_opaque(factory: Any) -> Any:
 
 
 def _key(entry: Any) -> Key:
+    if type(entry) is jtu.DictKey and type(entry.key) is str:  # nearly all of them
+        return entry.key
     match entry:
         case jtu.DictKey(key=key):
             return key if type(key) in (str, int) else str(key)

@@ -10,10 +10,12 @@ are noticed as they come; without, the commit object is looked at once more in t
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from milepost.engine.arriving import Arrays
 from milepost.engine.budgets import automatic_budget
@@ -84,7 +86,8 @@ def load(
 def reading(path: str | os.PathLike[str], act: Callable[[Checkpoint, Plugins], T]) -> T:
     """Open a checkpoint and let `act` read it; once more if it was overwritten meanwhile."""
     plugins = installed()
-    checkpoint = open_checkpoint(path, plugins)
+    with resting_collector():
+        checkpoint = open_checkpoint(path, plugins)
     for _ in range(_ATTEMPTS - 1):
         try:
             return _observed(checkpoint, plugins, act)
@@ -110,8 +113,8 @@ def load_item(
     checkpoint: Checkpoint, item: str, plugins: Plugins, *, target: Any = AS_SAVED, rules: LoadRules = _STRICT
 ) -> Any:
     """Load one tree of an open checkpoint, within `reading`."""
-    loader = _Loader(checkpoint, checkpoint.manifest.items[item], plugins, rules)
     with resting_collector():
+        loader = _Loader(checkpoint, checkpoint.manifest.items[item], plugins, rules)
         return loader.as_saved() if target is AS_SAVED else loader.into(target_leaves(target))
 
 
@@ -199,14 +202,11 @@ class _Loader:
     def _match(self, target: Target, wanted: list[Wanted], places: list[int | None]) -> Iterator[str]:
         """Fill in what each saved leaf is wanted as, and where each target leaf comes from; yield what does not fit."""
         choosy = self._rules.selection
-        saved = dict(zip(map(_typed, self._paths), range(len(self._paths)), strict=True))
-        # Where classes or key kinds differ, the text of the keys decides: a field `w` fits the key "w".
-        by_text = {matching(path): _typed(path) for path in reversed(self._paths)}
+        saved = dict(zip(self._paths, range(len(self._paths)), strict=True))
         for leaf, path in zip(target.leaves, target.paths, strict=True):
-            exact = _typed(path)
             if choosy and not choosy.chooses(path):
                 leaf = Skipped(leaf)  # noqa: PLW2901 - it stands for the leaf from here on
-            at = saved.pop(exact if exact in saved else by_text.get(matching(path), exact), None)
+            at = saved.pop(path if path in saved else self._by_text.get(matching(path), path), None)
             places.append(at)
             if at is None:
                 if self._rules.missing == "error" and leaf is not None and not isinstance(leaf, Skipped):
@@ -223,10 +223,15 @@ class _Loader:
                 continue
             yield f"{show_path(self._paths[at])}: missing from the target"
 
+    @functools.cached_property
+    def _by_text(self) -> dict[tuple[str, ...], tuple[Key, ...]]:
+        """The paths by the text of their keys, which decides where the kinds of keys differ: 1 fits "1"."""
+        return {matching(path): path for path in reversed(self._paths)}
+
     def _misfit(self, leaf: Mapping[str, Any], want: Wanted) -> str | None:
         """Say why the place of a leaf's arrays cannot hold them; a saved sharding that cannot is given up."""
         for array in leaf.get("arrays", {}).values():
-            if not isinstance(want.place, jax.sharding.Sharding):
+            if not isinstance(want.place, Sharding) or isinstance(want.place, SingleDeviceSharding):
                 return None
             try:
                 want.place.addressable_devices_indices_map(array.shape)
@@ -283,7 +288,3 @@ class _Loader:
             mapped=route.mapped,
         )
         return io.read(location, self._item.records, requests, options)
-
-
-def _typed(path: Sequence[Key]) -> tuple[tuple[bool, Key], ...]:
-    return tuple([(isinstance(key, str), key) for key in path])

@@ -8,6 +8,7 @@ shapes must agree, numbers may change their width but not their kind (floats do 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from milepost.dtypes import can_cast, dtype_named
-from milepost.metadata import ArrayMetadata, NumpyMetadata
+from milepost.metadata.leaf import ArrayMetadata, NumpyMetadata
 from milepost.shardings import revive
 
 if TYPE_CHECKING:
@@ -198,7 +199,8 @@ def _is_array_like(target: Any) -> bool:
 
 
 def _is_key(target: Any) -> bool:
-    return hasattr(target, "dtype") and jnp.issubdtype(target.dtype, jax.dtypes.prng_key)
+    dtype = getattr(target, "dtype", None)
+    return dtype is not None and not isinstance(dtype, np.dtype) and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def _shape_of(leaf: Mapping[str, Any]) -> tuple[int, ...] | None:
@@ -239,7 +241,7 @@ def _want_key(leaf: Mapping[str, Any], target: Any, shardings: list[Any]) -> Wan
 def _want_array(leaf: Mapping[str, Any], shape: tuple[int, ...], target: Any, shardings: list[Any]) -> Wanted | str:
     wanted_shape = tuple(getattr(target, "shape", ()))
     saved = _dtype_of(leaf)
-    wanted = str(np.dtype(target.dtype).name) if hasattr(target, "dtype") else _PYTHON[type(target).__name__]
+    wanted = _named(target.dtype) if hasattr(target, "dtype") else _PYTHON[type(target).__name__]
     if shape != wanted_shape:
         return f"saved with shape {shape}, the target has shape {wanted_shape}"
     if saved != wanted and not can_cast(saved, wanted):
@@ -250,6 +252,11 @@ def _want_array(leaf: Mapping[str, Any], shape: tuple[int, ...], target: Any, sh
     if isinstance(target, np.ndarray | NumpyMetadata):
         return Wanted(HOST, dtype, template=np.ndarray)
     return Wanted(_place_of(target, leaf, shardings), dtype, template=jax.Array)
+
+
+@functools.cache
+def _named(dtype: Any) -> str:
+    return str(np.dtype(dtype).name)
 
 
 def _place_of(target: Any, leaf: Mapping[str, Any], shardings: list[Any]) -> Any:

@@ -230,10 +230,11 @@ class Save:
 
     def _item(self, name: str, plan: Plan, staging: Staging, records: list[Any]) -> Item:
         taken = self._trees[name]
-        leaves = [
-            {"type": kind, **json, "arrays": arrays} if arrays else {"type": kind, **json}
-            for kind, json, arrays in zip(taken.types, taken.jsons, plan.arrays, strict=True)
-        ]
+        with resting_collector():
+            leaves = [
+                {"type": kind, **json, "arrays": arrays} if arrays else {"type": kind, **json}
+                for kind, json, arrays in zip(taken.types, taken.jsons, plan.arrays, strict=True)
+            ]
         return Item(
             structure=taken.structure,
             leaves=leaves,

@@ -175,12 +175,12 @@ def header(lane: Sequence[Slot]) -> tuple[bytes, list[int], int]:
     """Return what a file begins with, the offset of each piece and the size of the file."""
     entries, offsets, foreign, at = [], [], {}, 0
     for slot in lane:
-        name, end = tensor_name(slot.piece.spec.name, slot.box), at + slot.nbytes
-        dims = ",".join(map(str, slot.shape if slot.kind.native else (*slot.shape, slot.kind.itemsize)))
-        entries.append(f'{quoted(name)}:{{"dtype":"{slot.kind.code}","shape":[{dims}],"data_offsets":[{at},{end}]}}')
+        piece, kind, box, shape, nbytes = slot
+        name, end = tensor_name(piece.spec.name, box), at + nbytes
+        entries.append(f'{quoted(name)}:{_described(kind, shape)}"data_offsets":[{at},{end}]}}')
         offsets.append(at)
-        if not slot.kind.native:
-            foreign[name] = slot.piece.spec.dtype
+        if not kind.native:
+            foreign[name] = piece.spec.dtype
         at = end + padding(slot)
         if at != end:
             entries.append(
@@ -191,6 +191,12 @@ def header(lane: Sequence[Slot]) -> tuple[bytes, list[int], int]:
     text += b" " * (-(8 + len(text)) % ALIGN)
     start = 8 + len(text)
     return len(text).to_bytes(8, "little") + text, [start + offset for offset in offsets], start + at
+
+
+@functools.lru_cache(1024)
+def _described(kind: Kind, shape: tuple[int, ...]) -> str:
+    dims = ",".join(map(str, shape if kind.native else (*shape, kind.itemsize)))
+    return f'{{"dtype":"{kind.code}","shape":[{dims}],'
 
 
 def padding(slot: Slot) -> int:

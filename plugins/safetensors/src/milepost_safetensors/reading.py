@@ -42,7 +42,8 @@ class _Wanted:
 
     def __init__(self, index: int, entry: Entry, box: Box, parts: list[tuple[Stored, Box]]) -> None:
         self.index, self.entry, self.box, self.parts = index, entry, box, parts
-        self.nbytes = math.prod(box.shape) * entry.kind.itemsize
+        whole = len(parts) == 1 and parts[0][0].box is box
+        self.nbytes: int = parts[0][0].nbytes if whole else math.prod(box.shape) * entry.kind.itemsize
         self.out: Array | None = None
         self.waits = 0
 

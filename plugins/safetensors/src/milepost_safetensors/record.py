@@ -6,7 +6,9 @@ never read; every piece lies in its file, apart from all others; files have the 
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeGuard
 
@@ -68,7 +70,7 @@ def parse(records: Sequence[Json]) -> dict[str, Entry]:
             if file.name in names:
                 _refuse(f"it describes file {file.name!r} twice")
             names.add(file.name)
-            ranges = sorted(_row(row, file, start, entries) for row in rows)
+            ranges = sorted([_row(row, file, start, entries) for row in rows])
             for (_, end), (begin, _) in itertools.pairwise(ranges):
                 if begin < end:
                     _refuse(f"two arrays overlap in file {file.name!r} at offset {begin}")
@@ -122,16 +124,22 @@ def _row(row: Any, file: File, start: int, entries: dict[str, Entry]) -> tuple[i
 
 
 def _dims(raw: Any, name: str) -> tuple[int, ...]:
-    if type(raw) is not list or len(raw) > _AXES:
+    if type(raw) is not list:
         _refuse(f"array {name!r} has shape {raw!r:.80}")
-    total = 1
     for n in raw:
-        if type(n) is not int or not 0 <= n <= _LIMIT:
+        if type(n) is not int:  # looked at here, since to a cache 1 and True are the same
             _refuse(f"array {name!r} has shape {raw!r:.80}")
-        total *= n or 1
-    if total > _LIMIT:
+    shape = tuple(raw)
+    if not _possible(shape):
         _refuse(f"array {name!r} has shape {raw!r:.80}")
-    return tuple(raw)
+    return shape
+
+
+@functools.lru_cache(1024)
+def _possible(shape: tuple[int, ...]) -> bool:
+    if len(shape) > _AXES or not all(0 <= n <= _LIMIT for n in shape):
+        return False
+    return math.prod(n or 1 for n in shape) <= _LIMIT
 
 
 def _box(start: Any, shape: Any, full: tuple[int, ...], name: str) -> Box:

@@ -1,4 +1,4 @@
-"""What helps with calling checkpointers: restore arguments made from a tree like the one to restore.
+"""What helps with calling checkpointers: restore arguments made from a tree like the one to restore, and waiting.
 
 The rule: a value says by itself how another one like it is restored: arrays on devices by their sharding, arrays of
 NumPy and scalars by their class. Whatever can be saved can be asked for in this way.
@@ -10,6 +10,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 from milepost.errors import MismatchError, UnsupportedLeafError, noted
+from milepost.path._waiting import checkpoints_iterator, wait_for_new_checkpoint
 from milepost.tree import placed_by
 from milepost.type_handlers import ArrayRestoreArgs, RestoreArgs
 
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-__all__ = ["construct_restore_args"]
+__all__ = ["PLACEHOLDER", "checkpoints_iterator", "construct_restore_args", "wait_for_new_checkpoint"]
+
+PLACEHOLDER = ...
+"""A leaf of a target that is not restored: it comes back as it is."""
 
 _SHOWN = 20
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import milepost
 import numpy as np
 import pytest
 from hypothesis import given
@@ -314,3 +315,16 @@ def test_what_has_no_shape_has_no_abstract_array():
         to_shape_dtype_struct(np.bool_(1)),
         to_shape_dtype_struct(np.bool_(1), scalar_dtype=float),
     )
+
+
+def test_the_structs_of_random_keys_are_targets_for_them(tmp_path):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
+    placed = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    tree = {"one": jax.random.key(3), "many": jax.device_put(jax.random.split(jax.random.key(0), 8), placed)}
+    milepost.save(tmp_path / "1", tree)
+    target = jax.tree.map(to_shape_dtype_struct, tree)
+    loaded = milepost.load(tmp_path / "1", target)
+    for name, keys in tree.items():
+        assert loaded[name].dtype == keys.dtype
+        assert loaded[name].sharding == keys.sharding
+        assert np.array_equal(jax.random.key_data(loaded[name]), jax.random.key_data(keys))

@@ -304,8 +304,9 @@ def to_shape_dtype_struct(
     """Return shape, dtype and sharding of an array, or of what is known of one, as a `jax.ShapeDtypeStruct`.
 
     `dtype` takes the place of the array's own. Scalars come back as they are, converted by `scalar_dtype` if that is
-    given. Random keys show the array of numbers below them. With `support_format` the layout on the device is kept,
-    too. Raises `UnsupportedLeafError` (a ValueError) for what has no shape.
+    given. Random keys stay random keys, so that what comes out is a target that what went in can be loaded into. With
+    `support_format` the layout on the device is kept, too. Raises `UnsupportedLeafError` (a ValueError) for what has no
+    shape.
     """
     import jax
     import jax.numpy as jnp
@@ -315,9 +316,8 @@ def to_shape_dtype_struct(
         return arr if scalar_dtype is None else scalar_dtype(arr)
     if not hasattr(arr, "shape"):
         raise UnsupportedLeafError(f"cannot tell the shape of '{arr!r:.60}': it is a {type(arr).__name__}")
-    if isinstance(arr, jax.Array) and jnp.issubdtype(arr.dtype, jax.dtypes.prng_key):
-        arr = jax.random.key_data(arr)
-    wanted = arr.dtype if dtype is None else dtype
+    is_key = hasattr(arr, "dtype") and jnp.issubdtype(arr.dtype, jax.dtypes.prng_key)
+    wanted = arr.dtype if dtype is None or is_key else dtype
     if wanted is None:
         raise noted(UnsupportedLeafError(f"cannot tell the dtype of '{arr!r:.60}': it has none"), "give a dtype")
     sharding = placed_by(arr, with_layout=support_format)

@@ -107,7 +107,8 @@ def encode(manifest: Manifest) -> bytes:
     head |= {field.name: getattr(manifest, field.name) for field in dataclasses.fields(manifest)}
     head["items"] = {name: _without_blank(_shallow(item)) for name, item in manifest.items.items()}
     head["files"] = [_shallow(file) for file in manifest.files]
-    body = json.dumps(head, separators=(",", ":"), allow_nan=False).encode("ascii")[:-1]
+    # A manifest that was read has `ArrayLeaf`s where one that was made has objects.
+    body = json.dumps(head, separators=(",", ":"), allow_nan=False, default=_shallow).encode("ascii")[:-1]
     return body + f'{_CHECKSUM}{fingerprint(body)}"}}'.encode()
 
 

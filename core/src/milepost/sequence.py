@@ -7,13 +7,15 @@ This module decides which steps there are, when the next may be saved, and which
    policy asks.
 2. A step is never replaced unless the caller says so, whoever wrote it.
 3. Steps are let go after a commit only, by what is committed then; the newest only where the caller has said so.
-4. Deleting happens behind everybody's back: no save waits for it, `wait` and `close` do. What could not be deleted is
-   logged, and is still there; the checkpoint that was just committed has not failed.
+4. Deleting happens behind everybody's back: no save waits for it, but for the deletion of the very step it saves;
+   `wait` and `close` do. What could not be deleted is logged, and is still there; the checkpoint that was just
+   committed has not failed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import datetime as dt
 import functools
@@ -30,7 +32,10 @@ from milepost.engine.background import Background, Pending
 from milepost.engine.deleting import delete
 from milepost.engine.reading import open_checkpoint
 from milepost.errors import (
+    AbortedError,
     AlreadyExistsError,
+    ConfigError,
+    InvalidLayoutError,
     MilepostError,
     NotFoundError,
     RequestError,
@@ -38,10 +43,12 @@ from milepost.errors import (
     StepNotFoundError,
     noted,
 )
+from milepost.metadata.metrics import as_stored, from_stored
 from milepost.path._finding import open_root
-from milepost.path.step import step_names
+from milepost.path.step import maybe_find_step_metadata, step_names
 from milepost.preemption import reached_sync_point
 from milepost.preservation import PreservationContext, to_delete
+from milepost.protocols import RenamesPrefixes
 
 if TYPE_CHECKING:
     import os
@@ -57,7 +64,7 @@ if TYPE_CHECKING:
     from milepost.path.step import NameFormat
     from milepost.preservation import PreservationPolicy
 
-__all__ = ["Rules", "Sequence", "Step", "StepRequest"]
+__all__ = ["ClosedError", "ReadOnlyError", "Rules", "Sequence", "Step", "StepRequest"]
 
 _logger = logging.getLogger("milepost")
 
@@ -67,7 +74,8 @@ class Rules:
     """How a sequence is kept: names, policies, and what becomes of steps that are let go.
 
     `trash` is a folder below the root into which steps are moved instead of being deleted. With `keep_newest` no policy
-    retires the newest step; without it, a warning says once that one did.
+    retires the newest step; without it, a warning says once that one did. Without `tell_of_saves`, the policy that
+    decides is not told that a save is in progress.
     """
 
     names: NameFormat[Any]
@@ -75,6 +83,7 @@ class Rules:
     preserve: PreservationPolicy
     keep_newest: bool = True
     read_only: bool = False
+    tell_of_saves: bool = True
     trash: str | None = None
     deleting_threads: int = 1
     multiprocessing_options: Any = None
@@ -82,10 +91,14 @@ class Rules:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StepRequest:
-    """What to save as a step."""
+    """What to save as a step; `metrics` are what `milepost.metadata.metrics` can keep, `committed` is called after.
+
+    Without `keep_metrics` the metrics are known to policies of this process, and not written.
+    """
 
     items: Mapping[str, TreeItem[Any] | OwnItem]
-    metrics: Mapping[str, Any] | None = None
+    metrics: Any = None
+    keep_metrics: bool = True
     custom_metadata: Mapping[str, Any] | None = None
     overwrite: bool = False
     progress: Progress | None = None
@@ -128,8 +141,12 @@ class Step:
 
     def _read(self) -> tuple[dt.datetime, Any]:
         if self._known is None:
-            manifest = open_checkpoint(self.url).manifest
-            self._known = _utc(manifest.commit_timestamp_nsecs), manifest.metrics
+            try:
+                manifest = open_checkpoint(self.url).manifest
+            except InvalidLayoutError:
+                self._known = _of_the_reference(self)
+            else:
+                self._known = _utc(manifest.commit_timestamp_nsecs), from_stored(manifest.metrics)
         return self._known
 
     def __repr__(self) -> str:
@@ -140,16 +157,32 @@ def _utc(nsecs: int) -> dt.datetime:
     return dt.datetime.fromtimestamp(nsecs / 1e9, dt.UTC)
 
 
+def _of_the_reference(step: Step) -> tuple[dt.datetime, Any]:
+    """Return time and metrics of a step that another program committed, from where the reference keeps them."""
+    from milepost.metadata.store import read_document
+    from milepost.path.step import Metadata
+
+    return Metadata(step.step, step.path).commit_timestamp, read_document(urls.join(step.url, "metrics/metrics"))
+
+
 class Sequence:
     """The steps below a root. One object, one user: its methods are called from one thread at a time."""
 
     def __init__(self, root: str | os.PathLike[str], rules: Rules) -> None:
         self.rules = rules
         self._root = open_root(root)
+        if rules.trash is not None and not isinstance(self._root.storage, RenamesPrefixes):
+            raise ConfigError(
+                f"cannot keep deleted steps in {rules.trash!r}: {self.url!r} is on no storage that renames"
+            )
         self._saves = Background(at_exit=True)
         self._deletions = _Deletions(rules.deleting_threads)
         self._lock = threading.RLock()
         self._under_way: Step | None = None
+        self._saving: tuple[Save, Pending[None]] | None = None
+        self._steps: dict[int, Step] = {}
+        self._unproven: dict[int, list[str]] = {}
+        self._closed = False
         now = time.monotonic()
         self._costs = SaveCosts(began=now, now=now)
         self.reload()
@@ -164,10 +197,16 @@ class Sequence:
     def reload(self) -> None:
         """Look at the storage again, once what is on its way out is gone."""
         self._deletions.wait()
+        with self._lock:
+            before = set(self._steps)
         names = step_names(self.rules.names, self._root)
         with self._lock:
-            self._steps = {step: Step(step, urls.join(self.url, found[0])) for step, found in sorted(names.items())}
-            self._unproven = names
+            # A save may have been committed, and steps let go, while the listing was under way.
+            since = {number: step for number, step in self._steps.items() if number not in before}
+            gone = before - set(self._steps)
+            self._unproven = {step: found for step, found in names.items() if step not in since and step not in gone}
+            listed = {step: Step(step, urls.join(self.url, found[0])) for step, found in self._unproven.items()}
+            self._steps = listed | since
 
     def steps(self) -> list[Step]:
         """Return all steps by number, the one under way among them."""
@@ -201,11 +240,28 @@ class Sequence:
 
     def get(self, step: int | None) -> Step:
         """Return a step, or with None the newest; raise `StepNotFoundError`, which says what there is."""
-        found = self.latest() if step is None else self.find(step)
+        found = self.latest() if step is None else self.find(step) or self._look(step)
         if found is None:
             what = "any step" if step is None else f"step {step}"
             raise noted(StepNotFoundError(f"cannot find {what} in {self.url!r}"), *self._near(step))
         return found
+
+    def committed(self, step: int | None) -> Step:
+        """Return what `get` does, once it is committed; raise the failure of a save, if nobody has seen it."""
+        self._saves.check()
+        found = self.get(step)
+        if found is self._under_way:
+            self._saves.wait()
+            found = self.get(step)
+        return found
+
+    def _look(self, step: int) -> Step | None:
+        """Look on the storage for a step that somebody else may have saved meanwhile."""
+        there = maybe_find_step_metadata(self.url, self.rules.names, step=step)
+        if there is None or not any(self._root.checkpoints([there.path.name])):
+            return None
+        with self._lock:
+            return self._steps.setdefault(step, Step(step, urls.join(self.url, there.path.name)))
 
     def _near(self, step: int | None) -> Iterator[str]:
         there = [one.step for one in self.steps()]
@@ -217,11 +273,12 @@ class Sequence:
 
     def _prove(self, steps: list[int]) -> list[int]:
         """Look which of some names are checkpoints, and forget those that are none."""
-        names = {name: step for step in steps for name in self._unproven.pop(step)}
+        names = {name: step for step in steps for name in self._unproven[step]}
         proven: dict[int, str] = {}
         for name in self._root.checkpoints(names):
             proven.setdefault(names[name], name)
         for step in steps:
+            del self._unproven[step]
             if step not in proven:
                 del self._steps[step]
             elif self._steps[step].name != proven[step]:
@@ -230,20 +287,20 @@ class Sequence:
 
     # --- saving ---
 
-    def should_save(self, step: int) -> bool:
-        """Ask the policy about a step that is newer than all there are."""
+    def should_save(self, step: int, *, replacing: bool = False) -> bool:
+        """Ask the policy about a step that is newer than all there are; with `replacing`, as if it were not there."""
         if self.rules.read_only:
             return False
-        latest = self.latest()
-        if latest is not None and latest.step >= step:
+        previous = _Previous(self, but=step if replacing else None)
+        if previous and previous[-1].step >= step:
             return False
         about = Step(step, urls.join(self.url, self.rules.names.build_name(step)))
         about.know(dt.datetime.now(dt.UTC), None)
-        return bool(self.rules.decide.should_save(about, _Previous(self), context=self._context(step)))
+        return bool(self.rules.decide.should_save(about, previous, context=self._context(step)))
 
     def _context(self, step: int) -> DecisionContext:
         return DecisionContext(
-            is_saving_in_progress=self.is_saving(),
+            is_saving_in_progress=self.rules.tell_of_saves and self.is_saving(),
             reached_preemption=reached_sync_point(step),
             multiprocessing_options=self.rules.multiprocessing_options,
             costs=self._costs.at(time.monotonic()),
@@ -262,8 +319,12 @@ class Sequence:
         from milepost.engine.saving import Save, SaveRequest
 
         self._check_writable(f"save step {step}")
+        if step < 0:
+            raise ConfigError(f"cannot save step {step} in {self.url!r}: steps are numbered from 0")  # nobody finds it
+        metrics = as_stored(request.metrics)
         began = time.monotonic()
         self._saves.wait()
+        self._deletions.wait(step)
         path = urls.join(self.url, self.rules.names.build_name(step))
         there = self.find(step)
         if there is not None:
@@ -272,37 +333,69 @@ class Sequence:
             path = there.url
         save = Save(
             SaveRequest(
-                path, request.items, there is not None, request.custom_metadata, request.metrics, request.progress
+                path,
+                request.items,
+                overwrite=there is not None,
+                custom_metadata=request.custom_metadata,
+                metrics=metrics if request.keep_metrics else None,
+                progress=request.progress,
             )
         )
+        about = Step(step, path)
+        about.know(dt.datetime.now(dt.UTC), from_stored(metrics))
         try:
-            return self._start(save, Step(step, path), request, lasting=lasting)
-        except AlreadyExistsError as error:
-            raise _exists(step, self.url) from error
+            return self._start(save, about, request.committed, lasting=lasting)
         finally:
             self._costs = self._costs.after(began, time.monotonic())
 
-    def _start(self, save: Save, about: Step, request: StepRequest, *, lasting: bool) -> Pending[None]:
-        snapshot = save.prepare(lasting=lasting)
-        about.know(dt.datetime.now(dt.UTC), request.metrics)
+    def _start(
+        self, save: Save, about: Step, committed: Callable[[], object] | None, *, lasting: bool
+    ) -> Pending[None]:
+        try:
+            snapshot = save.prepare(lasting=lasting)
+        except AlreadyExistsError as error:
+            raise _exists(about.step, self.url) from error
         self._under_way = about
-        pending = self._saves.start(lambda: self._finish(save.finish, about, request), f"the save of step {about.step}")
+        # The other thread, too, must know what `milepost.configured` says around the caller.
+        context, finish = contextvars.copy_context(), functools.partial(self._finish, save.finish, about, committed)
+        pending = self._saves.start(lambda: context.run(finish), f"the save of step {about.step}")
+        self._saving = save, pending
         if lasting:
             snapshot()
         else:
             pending.result()
         return pending
 
-    def _finish(self, finish: Callable[[], Manifest], about: Step, request: StepRequest) -> None:
+    def cancel(self, step: int | None = None) -> bool:
+        """Give up the save under way, if it is that of the step, and wait for its end; say whether it was given up.
+
+        A save that is at its commit point already stays. Whoever asks for the result gets `AbortedError`.
+        """
+        under_way, saving = self._under_way, self._saving
+        if under_way is None or saving is None or step not in (None, under_way.step):
+            return False
+        save, pending = saving
+        save.cancel()
+        try:
+            pending.result()
+        except AbortedError:
+            return True
+        return False
+
+    def _finish(self, finish: Callable[[], Manifest], about: Step, committed: Callable[[], object] | None) -> None:
         try:
             manifest = finish()
-        finally:
+        except BaseException as error:
             self._under_way = None
-        about.know(_utc(manifest.commit_timestamp_nsecs), manifest.metrics)
+            if isinstance(error, AlreadyExistsError):
+                raise _exists(about.step, self.url) from error
+            raise
+        about.know(_utc(manifest.commit_timestamp_nsecs), about.metrics)
         with self._lock:
             self._steps[about.step] = about
             self._unproven.pop(about.step, None)
-        for what, act in (("callback", request.committed), ("retention", self._retain)):
+            self._under_way = None
+        for what, act in (("callback", committed), ("retention", self._retain)):
             try:
                 if act is not None:
                     act()
@@ -326,22 +419,36 @@ class Sequence:
         return self._deletions.start(functools.partial(self._remove, step), step)
 
     def _remove(self, step: Step) -> None:
-        if self.rules.trash is None:
-            delete(step.url, missing_ok=True)
-        else:
-            self._root.move(step.name, self.rules.trash)
+        try:
+            if self.rules.trash is None:
+                delete(step.url, missing_ok=True)
+            else:
+                self._root.move(step.name, self.rules.trash)
+        except NotFoundError:
+            pass  # somebody else was faster
+        except BaseException:
+            with self._lock:  # the next retention tries again, if it is still a checkpoint
+                self._steps.setdefault(step.step, step)
+                self._unproven.setdefault(step.step, [step.name])
+            raise
 
     def delete(self, step: int) -> None:
-        """Delete a step, and wait for it; raise `StepNotFoundError` if there is none of that number."""
+        """Delete a step, and wait for it; raise `StepNotFoundError` if there is none of that number.
+
+        Raises the failure of a save, if nobody has seen it, and then deletes nothing.
+        """
         self._check_writable(f"delete step {step}")
-        found = self.get(step)
-        if found is self._under_way:
-            with contextlib.suppress(Exception):
-                self._saves.wait()
-            found = self.get(step)
-        self._let_go(found).result()
+        self._let_go(self.committed(step)).result()
+
+    def clean(self) -> None:
+        """Begin to remove what unfinished saves have left that are known to be dead; the next save waits for it."""
+        self._check_writable("clean up")
+        self._deletions.start(self._root.clean, None)
 
     def _check_writable(self, what: str) -> None:
+        if self._closed:
+            # A failure in the background would have nobody left to be raised to.
+            raise ClosedError(f"cannot {what} in {self.url!r}: it was closed")
         if self.rules.read_only:
             raise ReadOnlyError(f"cannot {what} in {self.url!r}: it was opened to be read only")
 
@@ -360,10 +467,15 @@ class Sequence:
 
     def close(self) -> None:
         """Wait, and end; raise the failure of a save that nobody has seen."""
+        self._closed = True
         failure = self._saves.close()
         self._deletions.close()
         if failure is not None:
             raise failure
+
+
+class ClosedError(RequestError, RuntimeError):
+    """A change that was asked of a sequence after its end."""
 
 
 class ReadOnlyError(RequestError, ValueError):
@@ -387,11 +499,13 @@ def _warn_of_retiring(url: str) -> None:
 class _Previous(AbstractSequence[Step]):
     """The steps before the one about to be saved, looked up no further than a policy asks."""
 
-    def __init__(self, sequence: Sequence) -> None:
+    def __init__(self, sequence: Sequence, *, but: int | None = None) -> None:
         self._sequence = sequence
+        self._but = but
 
     def __bool__(self) -> bool:
-        return self._sequence.latest() is not None
+        latest = self._sequence.latest()
+        return latest is not None and (latest.step != self._but or bool(self._all))
 
     def __len__(self) -> int:
         return len(self._all)
@@ -402,11 +516,11 @@ class _Previous(AbstractSequence[Step]):
     def __getitem__(self, index: slice) -> list[Step]: ...
     def __getitem__(self, index: int | slice) -> Step | list[Step]:
         latest = self._sequence.latest() if index == -1 else None
-        return self._all[index] if latest is None else latest
+        return self._all[index] if latest is None or latest.step == self._but else latest
 
     @functools.cached_property
     def _all(self) -> list[Step]:
-        return self._sequence.steps()
+        return [step for step in self._sequence.steps() if step.step != self._but]
 
 
 class _Deletions:
@@ -415,31 +529,38 @@ class _Deletions:
     def __init__(self, threads: int) -> None:
         self._threads = threads
         self._pool: ThreadPoolExecutor | None = None
-        self._under_way: set[Future[None]] = set()
+        self._under_way: dict[Future[None], Step | None] = {}
 
-    def start(self, act: Callable[[], None], step: Step) -> Future[None]:
-        """Delete a step soon."""
+    def start(self, act: Callable[[], None], step: Step | None) -> Future[None]:
+        """Delete a step soon; with None, do something else about what is to go."""
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._threads, "milepost-delete")
-        future = self._pool.submit(act)
-        self._under_way.add(future)
-        future.add_done_callback(functools.partial(self._ended, step))
+        future = self._pool.submit(contextvars.copy_context().run, _logged, act, step)
+        self._under_way[future] = step
+        future.add_done_callback(lambda done: self._under_way.pop(done, None))
         return future
 
-    def _ended(self, step: Step, future: Future[None]) -> None:
-        self._under_way.discard(future)
-        error = future.exception()
-        if error is not None and not isinstance(error, NotFoundError):
-            _logger.warning("could not delete %s; it is still there", step.url, exc_info=error)
-
-    def wait(self) -> None:
-        """Wait for all of them."""
-        for future in list(self._under_way):
-            with contextlib.suppress(MilepostError, OSError):
-                future.result()
+    def wait(self, step: int | None = None) -> None:
+        """Wait for all of them, or only for those that a save of one step must not meet."""
+        for future, one in list(self._under_way.items()):
+            if step is None or one is None or one.step == step:
+                with contextlib.suppress(MilepostError, OSError):
+                    future.result()
 
     def close(self) -> None:
         """Wait for all of them, and end."""
         self.wait()
         if self._pool is not None:
             self._pool.shutdown()
+            self._pool = None
+
+
+def _logged(act: Callable[[], None], step: Step | None) -> None:
+    try:
+        act()
+    except BaseException:
+        if step is None:
+            _logger.warning("could not remove what unfinished saves have left", exc_info=True)
+        else:
+            _logger.warning("could not delete %s; it is still there", step.url, exc_info=True)
+        raise

@@ -15,6 +15,7 @@ import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
+import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from milepost.engine.arriving import Arrays
@@ -31,7 +32,7 @@ from milepost.engine.placing import (
     want_as_saved,
     want_as_target,
 )
-from milepost.engine.progress import Progressing
+from milepost.engine.progress import Progressing, log_seconds
 from milepost.engine.reading import Checkpoint, choose_item, open_checkpoint
 from milepost.errors import (
     DamagedError,
@@ -106,6 +107,7 @@ def _observed(checkpoint: Checkpoint, plugins: Plugins, act: Callable[[Checkpoin
         _check_still_there(checkpoint, plugins)
     manifest, seconds = checkpoint.manifest, {"load": time.perf_counter() - began}
     plugins.tell("restored", CheckpointEvent(checkpoint.url, manifest.attempt, manifest.data_bytes, seconds))
+    log_seconds("loaded", checkpoint.url, manifest.data_bytes, seconds)
     return value
 
 
@@ -155,8 +157,13 @@ class _Loader:
         """Load every chosen leaf as it was saved."""
         chosen = [self._rules.selection.chooses(path) for path in self._paths]
         wanted = [self._as_saved(at) if one else Wanted(SKIP) for at, one in enumerate(chosen)]
-        for leaf, want in zip(self._item.leaves, wanted, strict=True):
-            self._misfit(leaf, want)
+        unfit = (
+            f"{show_path(path)}: {problem}"
+            for path, leaf, want in zip(self._paths, self._item.leaves, wanted, strict=True)
+            if (problem := self._misfit(leaf, want)) is not None
+        )
+        if (error := difference(unfit, self._checkpoint.url)) is not None:
+            raise error
         values = self._values(wanted)
         structure, index = self._item.structure, list[int | None](range(len(values)))
         if not all(chosen):
@@ -173,7 +180,8 @@ class _Loader:
         place = rule("/".join(map(key_text, self._paths[at])), arrays[""]) if rule and "" in arrays else None
         if place is None:
             return want_as_saved(leaf, self._shardings)
-        found = want_as_target(leaf, LeafTarget(jax.Array, sharding=place), self._shardings, self._handlers)
+        asked = LeafTarget(np.ndarray) if place is np.ndarray else LeafTarget(jax.Array, sharding=place)
+        found = want_as_target(leaf, asked, self._shardings, self._handlers)
         if isinstance(found, str):
             raise MismatchError(f"cannot load {self._checkpoint.url!r}: {show_path(self._paths[at])}: {found}")
         return found

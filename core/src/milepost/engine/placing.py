@@ -159,11 +159,22 @@ def want_as_target(  # noqa: PLR0911 - one line for each kind of target
 def _want_asked(leaf: Mapping[str, Any], target: LeafTarget, shardings: list[Any]) -> Wanted | str:
     as_saved = want_as_saved(leaf, shardings)
     if "key_impl" in leaf:
-        return as_saved if target.sharding is None else Wanted(DEFAULT_DEVICE, template=target.sharding)
+        return _want_key_asked(leaf, target, as_saved)
     shape = _shape_of(leaf)
     if shape is None:
         return as_saved if target.kind is None else f"saved as {_words(leaf)}, which is no {target.kind.__name__}"
     return _want_numbers(leaf, shape, target, as_saved)
+
+
+def _want_key_asked(leaf: Mapping[str, Any], target: LeafTarget, as_saved: Wanted) -> Wanted | str:
+    """Take keys for what is asked for by the shape of the numbers below them, as metadata and restore arguments do."""
+    below: ArrayLeaf = leaf["arrays"][""]
+    if target.kind not in (None, jax.Array) or target.shape not in (None, below.shape):
+        return f"saved as random keys of {leaf['key_impl']}, the target has numbers"
+    if target.sharding is None:
+        return as_saved
+    # With the shape of the numbers, the sharding is theirs, too.
+    return Wanted(DEFAULT_DEVICE, template=target.sharding) if target.shape is None else Wanted(target.sharding)
 
 
 def _want_numbers(

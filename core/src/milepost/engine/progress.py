@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
-__all__ = ["Progress", "Progressing"]
+__all__ = ["Progress", "Progressing", "log_seconds"]
 
 Progress: TypeAlias = Callable[[int, int], object]
 """Called with the bytes that are done and the bytes there are; from any thread, never from two at once."""
@@ -38,3 +38,9 @@ class Progressing:
             except Exception:
                 self._listener = None
                 _logger.warning("the progress listener failed and is not called again", exc_info=True)
+
+
+def log_seconds(what: str, url: str, size: int, seconds: Mapping[str, float]) -> None:
+    """Log how long the phases of a save or a load took."""
+    phases = ", ".join(f"{phase} {took:.3f} s" for phase, took in seconds.items())
+    _logger.info("%s %s: %d bytes; %s", what, url, size, phases)

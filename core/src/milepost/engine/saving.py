@@ -19,6 +19,7 @@ import importlib.metadata
 import json
 import logging
 import platform
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +29,9 @@ from milepost.engine.budgets import automatic_budget
 from milepost.engine.collecting import resting_collector
 from milepost.engine.items import OwnFiles, OwnItem, TreeItem
 from milepost.engine.pieces import Budget, Plan, plan_arrays
-from milepost.engine.progress import Progress, Progressing
+from milepost.engine.progress import Progress, Progressing, log_seconds
 from milepost.engine.recording import RecordingStorage
-from milepost.errors import AlreadyExistsError, NotFoundError, RequestError, StorageError, noted
+from milepost.errors import AbortedError, AlreadyExistsError, NotFoundError, RequestError, StorageError, noted
 from milepost.hookspecs import CheckpointEvent
 from milepost.hosts import OneHost
 from milepost.manifest import FileEntry, Item, Manifest
@@ -95,6 +96,7 @@ class Save:
         self._plugins = plugins or installed()
         self._clock = _Clock()
         self._own: dict[str, OwnFiles] = {}
+        self._cancelled = threading.Event()
 
     def prepare(self, *, lasting: bool) -> Callable[[], None]:
         """Refuse what cannot be saved, and begin; return what completes the snapshot.
@@ -176,6 +178,14 @@ class Save:
             )
         return new_attempt()
 
+    def cancel(self) -> None:
+        """Have `finish` end with `AbortedError`, as any failed save does, unless it is at the commit point already."""
+        self._cancelled.set()
+
+    def _check_cancelled(self) -> None:
+        if self._cancelled.is_set():
+            raise AbortedError(f"cannot save {self._open.route.url!r}: the save was cancelled")
+
     def finish(self) -> Manifest:
         """Write, and commit. On any failure what was written is removed, and nothing else has changed."""
         storage, strategy = self._open.storage, self._open.commit
@@ -198,6 +208,7 @@ class Save:
         finally:
             self._close()
         self._tell("save_committed", size=manifest.data_bytes)
+        log_seconds("saved", self._open.route.url, manifest.data_bytes, self._clock.seconds)
         return manifest
 
     def _write(self, staging: Staging) -> tuple[dict[str, Item], list[FileEntry]]:
@@ -221,8 +232,14 @@ class Save:
     def _progress(self) -> Callable[[int], object]:
         progress = self._request.progress
         if progress is None:
-            return lambda _: None
-        return Progressing(progress, sum(plan.data_bytes for plan in self._plans.values())).add
+            return lambda _: self._check_cancelled()
+        total = Progressing(progress, sum(plan.data_bytes for plan in self._plans.values()))
+
+        def add(size: int) -> None:
+            self._check_cancelled()
+            total.add(size)
+
+        return add
 
     def _location(self, storage: RecordingStorage, staging: Staging, item: str) -> Location:
         prefix = f"{staging.prefix}{item}/"
@@ -259,6 +276,7 @@ class Save:
         )
 
         def publish() -> None:
+            self._check_cancelled()
             with resting_collector():
                 body = manifests.encode(manifest)
             self._open.commit.publish(self._open.storage, staging, body, overwrite=self._request.overwrite)

@@ -7,14 +7,18 @@ visible at one instant, on any storage, is the business of whoever calls it.
 from __future__ import annotations
 
 import abc
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
+    import os
     from concurrent.futures import Future
 
     from upath import UPath
 
-__all__ = ["AsyncCheckpointHandler", "CheckpointHandler"]
+__all__ = ["AsyncCheckpointHandler", "CheckpointHandler", "Directory"]
+
+Directory: TypeAlias = "UPath | os.PathLike[str] | str"
+"""A folder, as handlers of ours take it: those who call them may have a UPath, a path, or a text."""
 
 
 class CheckpointHandler(abc.ABC):

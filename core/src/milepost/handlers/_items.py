@@ -15,7 +15,7 @@ from milepost.engine.items import OwnItem, TreeItem, folder_of
 from milepost.handlers._interface import AsyncCheckpointHandler, CheckpointHandler
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Mapping
     from pathlib import Path
 
     from upath import UPath
@@ -25,7 +25,15 @@ if TYPE_CHECKING:
     from milepost.manifest import Item
     from milepost.plugins import Plugins
 
-__all__ = ["EngineHandler", "StoredItem", "adapted", "run"]
+__all__ = ["Call", "EngineHandler", "StoredItem", "adapted", "run"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Call:
+    """Arguments of a handler that has no class of arguments: they are handed on as they were given."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -60,8 +68,20 @@ class EngineHandler(Protocol):
 
 
 def adapted(handler: CheckpointHandler) -> EngineHandler:
-    """Return a handler as the engine needs it."""
-    return handler if isinstance(handler, EngineHandler) else _Adapter(handler)
+    """Return a handler as the engine needs it.
+
+    One that was derived from a handler that knows the engine, and saves or restores in its own way, is given a folder.
+    """
+    return handler if isinstance(handler, EngineHandler) and not _goes_its_own_way(handler) else _Adapter(handler)
+
+
+def _goes_its_own_way(handler: object) -> bool:
+    mro = type(handler).__mro__
+    nearest = {name: next((at for at, cls in enumerate(mro) if name in vars(cls)), len(mro)) for name in _VERBS}
+    return min(nearest["save"], nearest["restore"], nearest["async_save"]) < nearest["to_item"]
+
+
+_VERBS = ("save", "restore", "async_save", "to_item")
 
 
 class _Adapter:
@@ -70,16 +90,16 @@ class _Adapter:
     def __init__(self, handler: CheckpointHandler) -> None:
         self._handler = handler
 
-    def to_item(self, args: CheckpointArgs) -> OwnItem:
+    def to_item(self, args: CheckpointArgs | Call) -> OwnItem:
         """Give the handler a folder to save into."""
         return OwnItem(lambda folder: self._begin(folder, args), self._handler.typestr())
 
-    def _begin(self, folder: Path, args: CheckpointArgs) -> Callable[[], object]:
-        directory = _directory(folder)
+    def _begin(self, folder: Path, args: CheckpointArgs | Call) -> Callable[[], object]:
+        directory, call = _directory(folder), args if isinstance(args, Call) else Call((), {"args": args})
         if not isinstance(self._handler, AsyncCheckpointHandler):
-            self._handler.save(directory, args=args)
+            self._handler.save(directory, *call.args, **call.kwargs)
             return lambda: self._handler.finalize(directory)
-        futures = run(self._handler.async_save(directory, args=args)) or []
+        futures = run(self._handler.async_save(directory, *call.args, **call.kwargs)) or []
 
         def complete() -> None:
             for future in futures:
@@ -88,12 +108,11 @@ class _Adapter:
 
         return complete
 
-    def from_item(self, stored: StoredItem, args: CheckpointArgs | None) -> Any:
+    def from_item(self, stored: StoredItem, args: CheckpointArgs | Call | None) -> Any:
         """Give the handler the folder it saved into."""
+        call = args if isinstance(args, Call) else Call((), {} if args is None else {"args": args})
         with folder_of(stored.checkpoint, stored.item) as folder:
-            if args is None:
-                return self._handler.restore(_directory(folder))
-            return self._handler.restore(_directory(folder), args=args)
+            return self._handler.restore(_directory(folder), *call.args, **call.kwargs)
 
     def item_metadata(self, stored: StoredItem) -> Any | None:
         """Ask the handler, if it can answer."""

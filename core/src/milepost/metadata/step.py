@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from milepost.errors import CheckpointNotFoundError, DamagedError
 from milepost.manifest import decode, is_manifest
+from milepost.metadata.metrics import from_stored
 from milepost.metadata.store import opened, read_body, read_document
 from milepost.protocols import COMMIT_OBJECT
 from milepost.urls import join
@@ -62,11 +63,11 @@ class RootMetadata:
 
 def step_metadata(manifest: Manifest) -> StepMetadata:
     """Return what a manifest says about its step; the items' own metadata is not filled in."""
-    metrics: Any = manifest.metrics
+    metrics: Any = from_stored(manifest.metrics)
     custom: Any = manifest.custom_metadata
     return StepMetadata(
         item_handlers={name: item.handler for name, item in manifest.items.items()},
-        metrics=dict(metrics or {}),
+        metrics={} if metrics is None else metrics,
         init_timestamp_nsecs=manifest.init_timestamp_nsecs,
         commit_timestamp_nsecs=manifest.commit_timestamp_nsecs,
         custom_metadata=dict(custom or {}),

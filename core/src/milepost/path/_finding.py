@@ -29,7 +29,6 @@ from milepost.errors import AlreadyExistsError, ConfigError, DamagedError, NotFo
 from milepost.manifest import decode, is_manifest
 from milepost.names import is_temporary, parse_temporary, temporary_name
 from milepost.protocols import COMMIT_OBJECT, CreatesOnly, RenamesPrefixes
-from milepost.routes import open_route, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -241,6 +240,8 @@ def open_root(path: PathLike) -> Root:
 
 def open_root_of(path: PathLike) -> tuple[Root, str]:
     """Open the place in which a checkpoint is; return it with the checkpoint's name there."""
+    from milepost.routes import open_route, resolve
+
     opened = open_route(resolve(cast("str", path)))
     return Root(opened.route.root, opened.storage, opened.commit), opened.route.name
 

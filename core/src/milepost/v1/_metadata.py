@@ -80,7 +80,7 @@ class CheckpointMetadata(Generic[T]):
         return {
             "metadata": str(self._metadata),
             "init_timestamp_nsecs": str(self._init_timestamp_nsecs),
-            "commit_timestamp_nsecs": str(self._commit_timestamp_nsecs),
+            "commit_timestamp_nsecs": str(self.commit_timestamp_nsecs),
             "custom_metadata": str(self._custom_metadata),
         }
 

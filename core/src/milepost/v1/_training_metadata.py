@@ -6,6 +6,7 @@ The rule: read-only values; making one checks nothing and reads nothing.
 from __future__ import annotations
 
 import dataclasses
+import datetime as dt
 import pprint
 from typing import TYPE_CHECKING, Any, TypeVar, final
 
@@ -13,14 +14,17 @@ from milepost.errors import RequestError
 from milepost.v1 import _metadata
 
 if TYPE_CHECKING:
-    import datetime as dt
     from collections.abc import Mapping
 
     from upath import UPath
 
+    from milepost.sequence import Step
+
 __all__ = ["CheckpointMetadata", "RootMetadata"]
 
 T = TypeVar("T")
+
+_EPOCH = dt.datetime.fromtimestamp(0, dt.UTC)
 
 
 class _NoTimeError(RequestError, TypeError):
@@ -51,6 +55,26 @@ class CheckpointMetadata(_metadata.CheckpointMetadata[T]):
         )
         self._step = step
         self._metrics = metrics
+        self._found: Step | None = None
+
+    @classmethod
+    def of_step(cls, found: Step) -> CheckpointMetadata[None]:
+        """Return the metadata of a step of a sequence; what has to be read is read when it is first asked for."""
+        made: CheckpointMetadata[None] = CheckpointMetadata(found.step, found.path, metadata=None)
+        made._found = found
+        return made
+
+    @property
+    def commit_timestamp_nsecs(self) -> int | None:
+        """When the checkpoint came to exist; to the microsecond where this is one of a list of steps."""
+        if self._found is None:
+            return super().commit_timestamp_nsecs
+        return (self._found.time - _EPOCH) // dt.timedelta(microseconds=1) * 1000
+
+    @property
+    def commit_timestamp(self) -> dt.datetime | None:
+        """When the checkpoint came to exist, in UTC."""
+        return super().commit_timestamp if self._found is None else self._found.time
 
     @property
     def step(self) -> int:
@@ -60,7 +84,7 @@ class CheckpointMetadata(_metadata.CheckpointMetadata[T]):
     @property
     def metrics(self) -> Mapping[str, Any] | None:
         """The metrics saved with the step."""
-        return self._metrics
+        return self._metrics if self._found is None else self._found.metrics
 
     @property
     def time(self) -> dt.datetime:
@@ -71,7 +95,7 @@ class CheckpointMetadata(_metadata.CheckpointMetadata[T]):
         return time
 
     def _shown(self) -> dict[str, str]:
-        return {"step": str(self._step), **super()._shown(), "metrics": str(self._metrics)}
+        return {"step": str(self._step), **super()._shown(), "metrics": str(self.metrics)}
 
 
 @final

@@ -5,7 +5,6 @@ The rule: a path that is handed out is a `UPath`; whoever is given one that is s
 
 from __future__ import annotations
 
-import asyncio
 import os
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -40,6 +39,8 @@ class PathAwaitingCreation:
     async def await_creation(self) -> UPath:
         """Wait until the directory is there, without blocking the event loop; return its path."""
         if self._created is not None:
+            import asyncio
+
             await asyncio.to_thread(self._created)
         return self._path
 

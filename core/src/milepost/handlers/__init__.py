@@ -1,0 +1,90 @@
+"""What saves and restores one kind of object each, by the names of the reference's `handlers`.
+
+Decides nothing: what a handler has to do stands in `CheckpointHandler`, which arguments it takes in `milepost.args`.
+"""
+
+from __future__ import annotations
+
+from milepost.args import (
+    ArrayRestore,
+    ArraySave,
+    Composite,
+    JaxRandomKeyRestore,
+    JaxRandomKeySave,
+    JsonRestore,
+    JsonSave,
+    NumpyRandomKeyRestore,
+    NumpyRandomKeySave,
+    ProtoRestore,
+    ProtoSave,
+    PyTreeRestore,
+    PyTreeSave,
+    StandardRestore,
+    StandardSave,
+)
+from milepost.handlers._composite import CompositeCheckpointHandler, CompositeOptions
+from milepost.handlers._composition import Composition
+from milepost.handlers._files import JsonCheckpointHandler, ProtoCheckpointHandler
+from milepost.handlers._interface import AsyncCheckpointHandler, CheckpointHandler
+from milepost.handlers._registry import (
+    AlreadyExistsError,
+    CheckpointHandlerRegistry,
+    DefaultCheckpointHandlerRegistry,
+    NoEntryError,
+    create_default_handler_registry,
+)
+from milepost.handlers._trees import (
+    ArrayCheckpointHandler,
+    JaxRandomKeyCheckpointHandler,
+    NumpyRandomKeyCheckpointHandler,
+    PyTreeCheckpointHandler,
+    StandardCheckpointHandler,
+)
+
+__all__ = [
+    "AlreadyExistsError",
+    "ArrayCheckpointHandler",
+    "ArrayRestoreArgs",
+    "ArraySaveArgs",
+    "AsyncCheckpointHandler",
+    "BasePyTreeCheckpointHandler",
+    "CheckpointHandler",
+    "CheckpointHandlerRegistry",
+    "CompositeArgs",
+    "CompositeCheckpointHandler",
+    "CompositeOptions",
+    "CompositeResults",
+    "Composition",
+    "DefaultCheckpointHandlerRegistry",
+    "JaxRandomKeyCheckpointHandler",
+    "JaxRandomKeyRestoreArgs",
+    "JaxRandomKeySaveArgs",
+    "JsonCheckpointHandler",
+    "JsonRestoreArgs",
+    "JsonSaveArgs",
+    "NoEntryError",
+    "NumpyRandomKeyCheckpointHandler",
+    "NumpyRandomKeyRestoreArgs",
+    "NumpyRandomKeySaveArgs",
+    "ProtoCheckpointHandler",
+    "ProtoRestoreArgs",
+    "ProtoSaveArgs",
+    "PyTreeCheckpointHandler",
+    "PyTreeRestoreArgs",
+    "PyTreeSaveArgs",
+    "StandardCheckpointHandler",
+    "StandardRestoreArgs",
+    "StandardSaveArgs",
+    "create_default_handler_registry",
+]
+
+# The reference has these under a second name, too.
+BasePyTreeCheckpointHandler = PyTreeCheckpointHandler
+ArrayRestoreArgs, ArraySaveArgs = ArrayRestore, ArraySave
+CompositeArgs = CompositeResults = Composite
+JaxRandomKeyRestoreArgs, JaxRandomKeySaveArgs = JaxRandomKeyRestore, JaxRandomKeySave
+JsonRestoreArgs, JsonSaveArgs = JsonRestore, JsonSave
+NumpyRandomKeyRestoreArgs, NumpyRandomKeySaveArgs = NumpyRandomKeyRestore, NumpyRandomKeySave
+ProtoRestoreArgs, ProtoSaveArgs = ProtoRestore, ProtoSave
+PyTreeRestoreArgs, PyTreeSaveArgs = PyTreeRestore, PyTreeSave
+StandardRestoreArgs, StandardSaveArgs = StandardRestore, StandardSave

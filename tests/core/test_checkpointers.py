@@ -353,6 +353,20 @@ def test_an_exception_on_its_way_is_not_replaced_by_that_of_a_save(tmp_path):
     assert caught.value.__notes__ == ["and a save in the background failed: the disk is gone"]
 
 
+def test_a_save_that_is_given_up_leaves_nothing_and_no_error(tmp_path):
+    handler = Gated()
+    with AsyncCheckpointer(handler) as checkpointer:
+        checkpointer.cancel()
+        checkpointer.save(tmp_path / "1", "text")
+        threading.Timer(0.05, handler.gate.set).start()
+        checkpointer.cancel()
+        assert list(tmp_path.iterdir()) == []
+        checkpointer.save(tmp_path / "2", "text")
+        checkpointer.wait_until_finished()
+        checkpointer.cancel()
+        assert checkpointer.restore(tmp_path / "2") == "text"
+
+
 def test_the_callback_finds_the_checkpoint_committed(tmp_path):
     seen = []
     options = AsyncOptions(post_finalization_callback=lambda: seen.append((tmp_path / "1/commit_success.txt").exists()))

@@ -364,7 +364,17 @@ SIGNATURES = [
     ),
     *(
         ("handlers", f"{name}CheckpointHandler")
-        for name in ("Standard", "PyTree", "Array", "Json", "Proto", "JaxRandomKey", "NumpyRandomKey", "Composite")
+        for name in (
+            "Standard",
+            "PyTree",
+            "BasePyTree",
+            "Array",
+            "Json",
+            "Proto",
+            "JaxRandomKey",
+            "NumpyRandomKey",
+            "Composite",
+        )
     ),
 ]
 

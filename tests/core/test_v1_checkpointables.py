@@ -409,3 +409,88 @@ def test_former_names_work_and_say_the_new_ones(tmp_path):
         assert ocp.load_pytree_async(tmp_path / "1").result()["step"] == 3
     with pytest.warns(DeprecationWarning, match="`metadata`"):
         assert ocp.pytree_metadata(tmp_path / "1").metadata["step"] == 0
+
+
+# --- in parts --------------------------------------------------------------------------------------------------------
+
+PARTS = [
+    {"layers": {"0": {"w": jnp.arange(4.0)}}, "step": 3},
+    {"layers": {"1": {"w": np.arange(5)}, "empty": {}}},
+    {"layers": {"2": {"w": jnp.ones((2, 2), jnp.bfloat16)}}, "name": "x" * 3000},
+]
+
+
+@pytest.mark.parametrize("root", ["", "memory://parts"])
+def test_parts_become_one_checkpoint_when_it_is_finalized(tmp_path, root):
+    path = f"{root or tmp_path}/1"
+    for number, part in enumerate(PARTS):
+        ocp.partial.save(path, part, custom_metadata={str(number): number})
+        assert not ocp.is_orbax_checkpoint(path)
+    ocp.partial.finalize(path)
+    found = ocp.load(path)
+    assert found["layers"]["0"]["w"].tolist() == [0, 1, 2, 3]
+    assert found["layers"]["1"]["w"].tolist() == [0, 1, 2, 3, 4]
+    assert found["layers"]["2"]["w"].dtype == jnp.bfloat16
+    assert (found["layers"]["empty"], found["step"], found["name"]) == ({}, 3, "x" * 3000)
+    assert isinstance(found["layers"]["0"]["w"], jax.Array)
+    assert isinstance(found["layers"]["1"]["w"], np.ndarray)
+    assert ocp.metadata(path).custom_metadata == {"0": 0, "1": 1, "2": 2}
+    assert not (tmp_path / "1.partial_save").exists()
+    with pytest.raises(FileExistsError):
+        ocp.partial.finalize(path)
+    with pytest.raises(FileExistsError):
+        ocp.partial.save(path, {"late": 1})
+
+
+def test_a_checkpoint_of_parts_is_found_intact(tmp_path):
+    from milepost.engine.reading import open_checkpoint
+    from milepost.engine.verifying import verify
+
+    for part in PARTS:
+        ocp.partial.save_async(tmp_path / "1", part)
+    ocp.partial.finalize(tmp_path / "1")
+    reports = list(verify(open_checkpoint(tmp_path / "1"), threads=2))
+    assert len(reports) == 3
+    assert [report.problem for report in reports] == [None, None, None]
+
+
+def test_a_leaf_is_in_one_part_only(tmp_path):
+    from milepost.v1._parts import PartialSaveReplacementError
+
+    ocp.partial.save(tmp_path / "1", PARTS[0])
+    with pytest.raises(PartialSaveReplacementError, match=r"\['layers'\]\['0'\]\['w'\]"):
+        ocp.partial.save(tmp_path / "1", {"layers": {"0": {"w": 1}}})
+
+
+def test_without_parts_there_is_nothing_to_finalize(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        ocp.partial.finalize(tmp_path / "1")
+
+
+def test_a_finalize_that_was_cut_off_is_completed(tmp_path, monkeypatch):
+    from milepost.v1 import _parts
+
+    for part in PARTS:
+        ocp.partial.save(tmp_path / "1", part)
+
+    def cut(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_parts, "delete", cut)
+        with pytest.raises(KeyboardInterrupt):
+            ocp.partial.finalize(tmp_path / "1")
+    ocp.partial.finalize(tmp_path / "1")
+    assert ocp.load(tmp_path / "1")["step"] == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+def test_a_damaged_part_is_not_committed(tmp_path):
+    ocp.partial.save(tmp_path / "1", {"w": np.arange(10.0)})
+    (file,) = (tmp_path / "1.partial_save/0/state").iterdir()
+    body = bytearray(file.read_bytes())
+    body[-1] ^= 1
+    file.write_bytes(body)
+    with pytest.raises(ValueError, match="not those that were saved"):
+        ocp.partial.finalize(tmp_path / "1")
+    assert not ocp.is_orbax_checkpoint(tmp_path / "1")

@@ -9,6 +9,7 @@ never in the place of an exception that is on its way already.
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import logging
 from typing import TYPE_CHECKING, Any, Protocol
@@ -92,9 +93,9 @@ class Checkpointer(AbstractCheckpointer):
         *,
         multiprocessing_options: MultiprocessingOptions = MultiprocessingOptions(),  # noqa: B008 - the documented default; never changed
         file_options: FileOptions = FileOptions(),  # noqa: B008 - the documented default; frozen
+        atomicity_options: AtomicityOptions | None = None,
         checkpoint_metadata_store: MetadataStore | None = None,
         temporary_path_class: type[Any] | None = None,
-        atomicity_options: AtomicityOptions | None = None,
     ) -> None:
         del multiprocessing_options, checkpoint_metadata_store, temporary_path_class
         self._handler = handler
@@ -328,9 +329,9 @@ class AsyncCheckpointer(Checkpointer):
         async_options: AsyncOptions = AsyncOptions(),  # noqa: B008 - the documented default; never changed
         multiprocessing_options: MultiprocessingOptions = MultiprocessingOptions(),  # noqa: B008 - the documented default; never changed
         file_options: FileOptions = FileOptions(),  # noqa: B008 - the documented default; frozen
+        atomicity_options: AtomicityOptions | None = None,
         checkpoint_metadata_store: MetadataStore | None = None,
         temporary_path_class: type[Any] | None = None,
-        atomicity_options: AtomicityOptions | None = None,
     ) -> None:
         from milepost.engine.background import Background
 
@@ -347,6 +348,7 @@ class AsyncCheckpointer(Checkpointer):
         )
         self._committed = async_options.post_finalization_callback
         self._saves = Background(at_exit=True)
+        self._last: Save | None = None
 
     def save(
         self,
@@ -369,6 +371,7 @@ class AsyncCheckpointer(Checkpointer):
         )
         with applied(self._settings, directory):
             snapshot = save.prepare(lasting=True)
+        self._last = save
         self._saves.start(lambda: self._finish(save), f"the save of {str(directory)!r}")
         snapshot()
 
@@ -394,6 +397,15 @@ class AsyncCheckpointer(Checkpointer):
     def check_for_errors(self) -> None:
         """Raise the error of a save that has ended, unless it was raised already; never waits."""
         self._saves.check()
+
+    def cancel(self) -> None:
+        """Give up the save under way, and wait until it has ended; one that is at its commit point is committed."""
+        from milepost.errors import AbortedError
+
+        if self._last is not None:
+            self._last.cancel()
+        with contextlib.suppress(AbortedError):
+            self._saves.wait()
 
     def close(self) -> None:
         """Wait for the save under way, close the handler, and raise the save's error unless it was raised already."""
@@ -431,9 +443,9 @@ class StandardCheckpointer(AsyncCheckpointer):
         async_options: AsyncOptions = AsyncOptions(),  # noqa: B008 - the documented default; never changed
         multiprocessing_options: MultiprocessingOptions = MultiprocessingOptions(),  # noqa: B008 - the documented default; never changed
         file_options: FileOptions = FileOptions(),  # noqa: B008 - the documented default; frozen
+        atomicity_options: AtomicityOptions | None = None,
         checkpoint_metadata_store: MetadataStore | None = None,
         temporary_path_class: type[Any] | None = None,
-        atomicity_options: AtomicityOptions | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(

@@ -6,8 +6,8 @@ The rule: one tree of classes; each is also the builtin that a reader of the doc
 MilepostError
 ├── RequestError                   change the call, or what is named in it
 │   ├── NotFoundError              (FileNotFoundError) look elsewhere
-│   │   ├── CheckpointNotFoundError   also an InvalidLayoutError
-│   │   └── StepNotFoundError         another step
+│   │   └── CheckpointNotFoundError   also an InvalidLayoutError
+│   │       └── StepNotFoundError         another step
 │   ├── InvalidLayoutError         (ValueError) the path holds something else
 │   ├── AlreadyExistsError         (FileExistsError, ValueError) another name, or overwrite
 │   │   └── StepAlreadyExistsError    another step, or overwrite
@@ -102,7 +102,7 @@ class StepAlreadyExistsError(AlreadyExistsError):
     """Say that a step of that number is there already, whoever saved it."""
 
 
-class StepNotFoundError(NotFoundError):
+class StepNotFoundError(CheckpointNotFoundError):
     """Say that there is no step of that number; the note tells which there are."""
 
 

@@ -35,6 +35,7 @@ from milepost.handlers._registry import (
 )
 from milepost.handlers._trees import (
     ArrayCheckpointHandler,
+    BasePyTreeCheckpointHandler,
     JaxRandomKeyCheckpointHandler,
     NumpyRandomKeyCheckpointHandler,
     PyTreeCheckpointHandler,
@@ -79,7 +80,6 @@ __all__ = [
 ]
 
 # The reference has these under a second name, too.
-BasePyTreeCheckpointHandler = PyTreeCheckpointHandler
 ArrayRestoreArgs, ArraySaveArgs = ArrayRestore, ArraySave
 CompositeArgs = CompositeResults = Composite
 JaxRandomKeyRestoreArgs, JaxRandomKeySaveArgs = JaxRandomKeyRestore, JaxRandomKeySave

@@ -118,13 +118,13 @@ class DefaultCheckpointHandlerRegistry(CheckpointHandlerRegistry):
 
 
 def create_default_handler_registry(
-    **items_and_handlers: CheckpointHandler | tuple[CheckpointHandler, type[CheckpointArgs], type[CheckpointArgs]],
+    **items_to_handlers: CheckpointHandler | tuple[CheckpointHandler, type[CheckpointArgs], type[CheckpointArgs]],
 ) -> DefaultCheckpointHandlerRegistry:
     """Return a registry with a handler for each item: for its registered arguments, or for those given with it."""
     from milepost.args import get_registered_args_cls
 
     registry = DefaultCheckpointHandlerRegistry()
-    for item, given in items_and_handlers.items():
+    for item, given in items_to_handlers.items():
         handler, *classes = given if isinstance(given, tuple) else (given, *get_registered_args_cls(given))
         for cls in dict.fromkeys(classes):
             registry.add(item, cls, handler)

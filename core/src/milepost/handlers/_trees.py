@@ -18,6 +18,7 @@ from milepost.handlers._interface import AsyncCheckpointHandler, Directory
 from milepost.options import MultiprocessingOptions
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from concurrent.futures import Future
 
     from milepost.args import CheckpointArgs
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
     from milepost.handlers._targets import Wish
     from milepost.metadata import TreeMetadata
     from milepost.options import MemoryLimitOptions
+    from milepost.type_handlers import RestoreArgs
 
 __all__ = [
     "ArrayCheckpointHandler",
+    "BasePyTreeCheckpointHandler",
     "JaxRandomKeyCheckpointHandler",
     "NumpyRandomKeyCheckpointHandler",
     "PyTreeCheckpointHandler",
@@ -65,9 +68,14 @@ class _EngineTree(AsyncCheckpointHandler):
         """
         save_into(directory, {"state": self.to_item(self._given(0, args, kwargs))})
 
-    async def async_save(self, directory: Directory, *args: Any, **kwargs: Any) -> list[Future[Any]]:
+    async def async_save(
+        self, directory: Directory, item: Any | None = None, save_args: Any | None = None, args: Any | None = None
+    ) -> list[Future[Any]]:
         """Save into a folder as `save` does; what it returns is done when all is written."""
-        return [saving_into(directory, {"state": self.to_item(self._given(0, args, kwargs))})]
+        given = {
+            name: one for name, one in (("item", item), ("save_args", save_args), ("args", args)) if one is not None
+        }
+        return [saving_into(directory, {"state": self.to_item(self._given(0, (), given))})]
 
     def restore(self, directory: Directory, *args: Any, **kwargs: Any) -> Any:
         """Restore from a folder that was saved into, a checkpoint, or the folder of an item within one."""
@@ -150,6 +158,10 @@ class StandardCheckpointHandler(_EngineTree):
         item = cast_by(_present(args.item), args.save_args)
         return TreeItem(item, self.typestr(), args.custom_metadata)
 
+    def restore(self, directory: Directory, item: Any | None = None, args: a.StandardRestore | None = None) -> Any:
+        """Restore from a folder that was saved into, a checkpoint, or the folder of an item within one."""
+        return super().restore(directory, item=item, args=args)
+
     def from_item(self, stored: StoredItem, args: a.StandardRestore | None) -> Any:
         """Restore like the item of the arguments; without one dicts stand in for registered classes."""
         from milepost.handlers._targets import like_values
@@ -202,9 +214,8 @@ class PyTreeCheckpointHandler(_EngineTree):
         array_metadata_validator: Any = None,
         enable_pinned_host_transfer: bool | None = None,
         is_prioritized_key_fn: Any = None,
-        **kwargs: Any,
     ) -> None:
-        del aggregate_filename, save_concurrent_gb, restore_concurrent_gb, save_device_host_concurrent_gb, kwargs
+        del aggregate_filename, save_concurrent_gb, restore_concurrent_gb, save_device_host_concurrent_gb
         del memory_limit_options, use_ocdbt, use_zarr3, use_compression, multiprocessing_options, type_handler_registry
         del handler_impl, pytree_metadata_options, array_metadata_validator, enable_pinned_host_transfer
         del is_prioritized_key_fn
@@ -213,6 +224,37 @@ class PyTreeCheckpointHandler(_EngineTree):
         """Say what is saved; raises a `ValueError` that lists all leaves that cannot be."""
         item = cast_by(_present(args.item), args.save_args)
         return TreeItem(item, self.typestr(), args.custom_metadata)
+
+    def save(
+        self,
+        directory: Directory,
+        item: Any | None = None,
+        save_args: Any | None = None,
+        args: a.PyTreeSave | None = None,
+    ) -> None:
+        """Save into a folder, as a checkpoint of its own within it."""
+        super().save(directory, item=item, save_args=save_args, args=args)
+
+    def restore(  # noqa: PLR0913, PLR0917 - the documented signature
+        self,
+        directory: Directory,
+        item: Any | None = None,
+        restore_args: Any | None = None,
+        transforms: Any | None = None,
+        transforms_default_to_original: bool = True,  # noqa: FBT001, FBT002 - the documented signature
+        legacy_transform_fn: Callable[..., Any] | None = None,
+        args: a.PyTreeRestore | None = None,
+    ) -> Any:
+        """Restore from a folder that was saved into, a checkpoint, or the folder of an item within one."""
+        return super().restore(
+            directory,
+            item=item,
+            restore_args=restore_args,
+            transforms=transforms,
+            transforms_default_to_original=transforms_default_to_original,
+            legacy_transform_fn=legacy_transform_fn,
+            args=args,
+        )
 
     def from_item(self, stored: StoredItem, args: a.PyTreeRestore | None) -> Any:
         """Restore as the arguments say; without an item dicts stand in for registered classes."""
@@ -231,6 +273,43 @@ class PyTreeCheckpointHandler(_EngineTree):
         if args.item is not None:
             return _load(stored, tree_of(args.item, by_path, partial=args.partial_restore))
         return _load_plain(stored) if by_path is None else _load(stored, tree_of(_saved_structure(stored), by_path))
+
+
+class BasePyTreeCheckpointHandler(PyTreeCheckpointHandler):
+    """The same under another name, with budgets in bytes; its parameters have no effect either."""
+
+    _milepost_save_args: ClassVar[type] = a.PyTreeSave
+    _milepost_restore_args: ClassVar[type] = a.PyTreeRestore
+
+    def __init__(  # noqa: PLR0913 - the documented signature
+        self,
+        *,
+        save_concurrent_bytes: int | None = None,
+        restore_concurrent_bytes: int | None = None,
+        save_device_host_concurrent_bytes: int | str | None = None,
+        memory_limit_options: MemoryLimitOptions | None = None,
+        use_ocdbt: bool = True,
+        use_zarr3: bool = False,
+        use_compression: bool = True,
+        multiprocessing_options: MultiprocessingOptions = MultiprocessingOptions(),  # noqa: B008 - the documented default; never changed
+        type_handler_registry: Any = None,
+        enable_post_merge_validation: bool = True,
+        pytree_metadata_options: Any = None,
+        array_metadata_validator: Any = None,
+        enable_pinned_host_transfer: bool | None = None,
+        is_prioritized_key_fn: Any = None,
+    ) -> None:
+        super().__init__()
+        del save_concurrent_bytes, restore_concurrent_bytes, save_device_host_concurrent_bytes, memory_limit_options
+        del use_ocdbt, use_zarr3, use_compression, multiprocessing_options, type_handler_registry
+        del enable_post_merge_validation, pytree_metadata_options, array_metadata_validator
+        del enable_pinned_host_transfer, is_prioritized_key_fn
+
+    def get_param_names(self, item: Any) -> Any:
+        """Return a tree of the same structure with each leaf's path, joined by dots, in its place."""
+        from milepost.tree import get_param_names
+
+        return get_param_names(item)
 
 
 def _saved_structure(stored: StoredItem) -> Any:
@@ -267,6 +346,16 @@ class ArrayCheckpointHandler(_EngineLeaf):
         if not jtu.all_leaves([item]) or isinstance(item, str | bytes):
             raise UnsupportedLeafError(f"cannot save a {type(item).__name__}: it is neither an array nor a number")
         return TreeItem(cast_by(item, args.save_args), self.typestr())
+
+    def restore(
+        self,
+        directory: Directory,
+        item: Any | None = None,
+        restore_args: RestoreArgs | None = None,
+        args: a.ArrayRestore | None = None,
+    ) -> Any:
+        """Restore from a folder that was saved into, a checkpoint, or the folder of an item within one."""
+        return super().restore(directory, item=item, restore_args=restore_args, args=args)
 
     def from_item(self, stored: StoredItem, args: a.ArrayRestore | None) -> Any:
         """Restore like the item of the arguments, or as their `restore_args` say, or as it was saved."""

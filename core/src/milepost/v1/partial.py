@@ -31,9 +31,7 @@ def save(path: PathLike, state: Any, *, custom_metadata: Mapping[str, Any] | Non
     began.finish()
 
 
-def save_async(
-    path: PathLike, state: Any, *, custom_metadata: Mapping[str, Any] | None = None
-) -> AsyncResponse[None]:
+def save_async(path: PathLike, state: Any, *, custom_metadata: Mapping[str, Any] | None = None) -> AsyncResponse[None]:
     """Save a part of a tree in the background, as `milepost.v1.save_async` does with a whole one."""
     from milepost.engine.background import of_this_process
     from milepost.v1._parts import begin_part

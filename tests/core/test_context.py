@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from milepost.config import current_layers, lookup
 from milepost.errors import ConfigError, MilepostError
+from milepost.settings import Broadcast, Settings, StorageRule, applied, as_config
 from milepost.urls import locate
 from milepost.v1 import options as o
 from milepost.v1._context import Context, current_context, current_settings
-from milepost.v1._settings import Broadcast, Settings, StorageRule, applied, as_config
 
 PAIRS = [
     ("pytree", "pytree_options", o.PyTreeOptions),

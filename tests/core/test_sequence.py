@@ -152,6 +152,10 @@ def loaded(sequence, number):
     return milepost.load(sequence.get(number).url)["w"][0]
 
 
+def in_deletion():
+    return threading.current_thread().name.startswith("milepost-delete")
+
+
 # --- which steps there are -------------------------------------------------------------------------------------------
 
 
@@ -265,6 +269,31 @@ def test_a_reload_during_a_commit_loses_no_step(root, begin, watch):
     assert numbers(sequence) == [1, 2]
 
 
+def test_a_reload_does_not_bring_back_what_is_let_go_meanwhile(root, begin, watch):
+    sequence = begin(root, preserve=LatestN(1))
+    save(sequence, 1)
+    opened, listed, released = threading.Event(), threading.Event(), threading.Event()
+
+    def act(when, verb, key):
+        if in_deletion():
+            assert released.wait(60)
+        elif (when, verb) == ("before", "write") and threading.current_thread() is not threading.main_thread():
+            assert opened.wait(60)
+        elif (when, verb, key) == ("after", "children", "") and not listed.is_set():
+            listed.set()
+            opened.set()
+            pending.result()
+
+    pending = None
+    watch.act = act
+    pending = sequence.save(2, request_of(2), lasting=True)
+    sequence.reload()
+    assert numbers(sequence) == [2]
+    released.set()
+    sequence.wait()
+    assert numbers(begin(root)) == [2]
+
+
 # --- saving ----------------------------------------------------------------------------------------------------------
 
 
@@ -313,10 +342,6 @@ def test_a_step_under_way_is_listed_and_waited_for(root, begin, watch):
     opened.set()
     assert milepost.load(sequence.committed(None).url)["w"][0] == 1
     assert not sequence.is_saving()
-
-
-def in_deletion():
-    return threading.current_thread().name.startswith("milepost-delete")
 
 
 def failing_writes(when, verb, key):

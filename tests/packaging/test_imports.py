@@ -20,7 +20,14 @@ FILES = {
 HEAVY = {"jax", "jaxlib", "fsspec", "upath", "typer", "click", "rich", "pandas", "scipy", "sklearn", "safetensors"}
 HEAVY |= {"tensorstore", "zarr", "gcsfs", "s3fs", "aiohttp", "asyncio", "multiprocessing", "orbax", "etils", "IPython"}
 
-WITH_JAX = {f"milepost.{name}" for name in ("trees", *(f"engine.{one}" for one in ("arriving", "loading", "placing", "saving")))}
+WITH_JAX = {
+    f"milepost.{name}"
+    for name in (
+        "trees",
+        *(f"engine.{one}" for one in ("arriving", "loading", "placing", "saving")),
+        *(f"v1.{one}" for one in ("_loading", "_parts", "_saving")),
+    )
+}
 """The modules that take trees apart and put them together: the first save or load imports them."""
 
 NEW_MODULES = """

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from milepost.options import AtomicityOptions
     from milepost.path.step import NameFormat
-    from milepost.v1._settings import Settings
+    from milepost.settings import Settings
 
 __all__ = ["CheckpointManagerOptions", "rules_of", "settings_of"]
 

@@ -237,7 +237,7 @@ class CheckpointManager(AbstractCheckpointManager):
                 write_root_metadata(self._url, metadata)
 
     def _applied(self) -> contextlib.AbstractContextManager[None]:
-        from milepost.v1._settings import applied
+        from milepost.settings import applied
 
         return applied(self._settings, self._url)
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from milepost.metadata import MetadataStore, StepMetadata
     from milepost.options import AtomicityOptions
     from milepost.plugins import Plugins
-    from milepost.v1._settings import Settings
+    from milepost.settings import Settings
 
 __all__ = ["AbstractCheckpointer", "AsyncCheckpointer", "Checkpointer", "PyTreeCheckpointer", "StandardCheckpointer"]
 
@@ -122,7 +122,7 @@ class Checkpointer(AbstractCheckpointer):
         `custom_metadata`, with string keys and JSON values, comes back in `metadata`. Raises a `ValueError` if
         something is at the path, or if the object cannot be saved; then nothing was written.
         """
-        from milepost.v1._settings import applied
+        from milepost.settings import applied
 
         self._check_open()
         save = self._new_save(
@@ -226,7 +226,7 @@ def _renamed(cls: type[a.CheckpointArgs], kwargs: Mapping[str, Any]) -> dict[str
 
 
 def _settings(file_options: FileOptions | None, atomicity: AtomicityOptions | None) -> Settings:
-    from milepost.v1._settings import Settings
+    from milepost.settings import Settings
 
     commit = {AtomicityMode.COMMIT_FILE: "create", AtomicityMode.ATOMIC_RENAME: "rename"}
     return Settings(
@@ -362,7 +362,7 @@ class AsyncCheckpointer(Checkpointer):
 
         Arguments and errors are those of `Checkpointer.save`: what can be refused is raised at once.
         """
-        from milepost.v1._settings import applied
+        from milepost.settings import applied
 
         self._check_open()
         self._saves.wait()

@@ -56,7 +56,7 @@ class OwnFiles:
     """The files of one own item while it is saved."""
 
     def __init__(self, item: OwnItem) -> None:
-        self.handler = item.handler
+        self.handler: str = item.handler
         self._folder = tempfile.TemporaryDirectory(prefix="milepost-")
         try:
             self._complete = item.begin(Path(self._folder.name))

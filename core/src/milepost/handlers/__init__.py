@@ -5,6 +5,8 @@ Decides nothing: what a handler has to do stands in `CheckpointHandler`, which a
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 from milepost.args import (
     ArrayRestore,
     ArraySave,
@@ -80,11 +82,19 @@ __all__ = [
 ]
 
 # The reference has these under a second name, too.
-ArrayRestoreArgs, ArraySaveArgs = ArrayRestore, ArraySave
-CompositeArgs = CompositeResults = Composite
-JaxRandomKeyRestoreArgs, JaxRandomKeySaveArgs = JaxRandomKeyRestore, JaxRandomKeySave
-JsonRestoreArgs, JsonSaveArgs = JsonRestore, JsonSave
-NumpyRandomKeyRestoreArgs, NumpyRandomKeySaveArgs = NumpyRandomKeyRestore, NumpyRandomKeySave
-ProtoRestoreArgs, ProtoSaveArgs = ProtoRestore, ProtoSave
-PyTreeRestoreArgs, PyTreeSaveArgs = PyTreeRestore, PyTreeSave
-StandardRestoreArgs, StandardSaveArgs = StandardRestore, StandardSave
+ArrayRestoreArgs: TypeAlias = ArrayRestore
+ArraySaveArgs: TypeAlias = ArraySave
+CompositeArgs: TypeAlias = Composite
+CompositeResults: TypeAlias = Composite
+JaxRandomKeyRestoreArgs: TypeAlias = JaxRandomKeyRestore
+JaxRandomKeySaveArgs: TypeAlias = JaxRandomKeySave
+JsonRestoreArgs: TypeAlias = JsonRestore
+JsonSaveArgs: TypeAlias = JsonSave
+NumpyRandomKeyRestoreArgs: TypeAlias = NumpyRandomKeyRestore
+NumpyRandomKeySaveArgs: TypeAlias = NumpyRandomKeySave
+ProtoRestoreArgs: TypeAlias = ProtoRestore
+ProtoSaveArgs: TypeAlias = ProtoSave
+PyTreeRestoreArgs: TypeAlias = PyTreeRestore
+PyTreeSaveArgs: TypeAlias = PyTreeSave
+StandardRestoreArgs: TypeAlias = StandardRestore
+StandardSaveArgs: TypeAlias = StandardSave

@@ -60,7 +60,7 @@ class CompositeCheckpointHandler(AsyncCheckpointHandler):
             raise ConfigError("cannot take a handler_registry: items or handlers are given, too")
         given = {name: handler for name, handler in items_and_handlers.items() if handler is not None}
         names = tuple(dict.fromkeys((*item_names, *items_and_handlers)))
-        self.composition = Composition(given, handler_registry, names=names or None)
+        self.composition: Composition = Composition(given, handler_registry, names=names or None)
 
     def save(self, directory: Directory, *args: Any, **kwargs: Any) -> None:
         """Save all items into a folder, as one checkpoint within it."""

@@ -12,7 +12,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, final
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, final
 
 import numpy as np
 
@@ -58,7 +58,7 @@ class _UnknownKindError(RequestError, NotImplementedError):
 class ShardingMetadata(abc.ABC):
     """What is kept of a sharding: mesh and partition, or the device. Memory kinds and layouts are not."""
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__: ClassVar[None] = None  # type: ignore[assignment]
 
     @classmethod
     @abc.abstractmethod
@@ -92,7 +92,7 @@ class DeviceMetadataMesh:
 
     mesh: Sequence[Any]
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__: ClassVar[None] = None  # type: ignore[assignment]
 
 
 @final
@@ -111,8 +111,8 @@ class NamedShardingMetadata(ShardingMetadata):
         axis_types: Sequence[jax.sharding.AxisType] | None = None,
         device_mesh: DeviceMetadataMesh | None = None,
     ) -> None:
-        self.shape = np.asarray(shape, np.int64)
-        self.axis_names = list(axis_names)
+        self.shape: NDArray[np.int64] = np.asarray(shape, np.int64)
+        self.axis_names: list[str] = list(axis_names)
         # JSON knows no tuples: without this, what was read would differ from what was written.
         self.partition_spec: tuple[PartitionSpecElement, ...] = tuple(
             tuple(part) if isinstance(part, list | tuple) else part for part in partition_spec
@@ -220,7 +220,7 @@ class NamedShardingMetadata(ShardingMetadata):
             return NotImplemented
         return np.array_equal(self.shape, other.shape) and self._rest() == other._rest()
 
-    __hash__ = None
+    __hash__: ClassVar[None] = None
 
     def _rest(self) -> tuple[Any, ...]:
         mesh = None if self.device_mesh is None else _written(self.device_mesh.mesh)
@@ -283,7 +283,7 @@ class SingleDeviceShardingMetadata(ShardingMetadata):
             return NotImplemented
         return _device_name(self.device_str) == _device_name(other.device_str)
 
-    __hash__ = None
+    __hash__: ClassVar[None] = None
 
     def __repr__(self) -> str:
         return f"SingleDeviceShardingMetadata(device_str={self.device_str!r})"

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import sys
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from milepost.dtypes import known_dtypes
 from milepost.metadata.sharding import from_saved
@@ -98,7 +98,7 @@ class TreeMetadata:
         mine = (self._tree, self._custom_metadata, self._use_zarr3)
         return mine == (other.tree, other.custom_metadata, other.use_zarr3)
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__: ClassVar[None] = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         return (

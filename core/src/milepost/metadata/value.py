@@ -6,7 +6,7 @@ The rule: equality is about what was saved, not where it lies: names and directo
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from milepost.metadata.sharding import from_jax_sharding
 
@@ -45,7 +45,7 @@ class Metadata:
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) or NotImplemented
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__: ClassVar[None] = None  # type: ignore[assignment]
 
 
 @dataclasses.dataclass(eq=False)
@@ -70,7 +70,7 @@ class ArrayMetadata(Metadata):
             return NotImplemented
         return self._compared() == other._compared()
 
-    __hash__ = None
+    __hash__: ClassVar[None] = None
 
     def _compared(self) -> tuple[Any, ...]:
         return tuple(self.shape), self.sharding, *_compared(self.dtype), self.storage

@@ -311,10 +311,10 @@ def delete(path: PathLike, *, checkpointable_name: str | None = None, missing_ok
     and a `ValueError` for a name that no item can have, and for the only item of a checkpoint.
     """
     from milepost.engine import deleting
+    from milepost.settings import applied
     from milepost.v1._context import current_settings
     from milepost.v1._looking import located, no_item, opened
     from milepost.v1._saving import check_name
-    from milepost.v1._settings import applied
 
     url = located(path)
     with applied(current_settings(), url):

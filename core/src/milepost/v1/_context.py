@@ -14,8 +14,8 @@ import numpy as np
 
 from milepost.dtypes import dtype_name, known_dtypes
 from milepost.errors import ConfigError, RequestError, noted
+from milepost.settings import Broadcast, Settings, StorageRule
 from milepost.v1 import options as o
-from milepost.v1._settings import Broadcast, Settings, StorageRule
 
 if TYPE_CHECKING:
     from collections.abc import Callable

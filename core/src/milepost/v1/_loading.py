@@ -19,6 +19,7 @@ from milepost.engine.items import folder_of
 from milepost.engine.loading import AS_SAVED, load_item, reading
 from milepost.engine.placing import LeafTarget
 from milepost.errors import ConfigError
+from milepost.settings import applied
 from milepost.structure import key_text
 from milepost.trees import target_leaves
 from milepost.v1._context import current_settings
@@ -26,7 +27,6 @@ from milepost.v1._looking import located, no_item, tree_name
 from milepost.v1._metadata import CheckpointMetadata
 from milepost.v1._phases import awaited
 from milepost.v1._registry import global_registry, handler_for_loading, no_handler
-from milepost.v1._settings import applied
 from milepost.v1.handlers import PyTreeHandler
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from milepost.manifest import ArrayLeaf
     from milepost.path._finding import PathLike
     from milepost.plugins import Plugins
-    from milepost.v1._settings import Settings
+    from milepost.settings import Settings
 
 __all__ = ["LoadOptions", "load_items", "load_tree"]
 

@@ -13,10 +13,10 @@ from milepost.engine.reading import open_checkpoint
 from milepost.errors import InvalidLayoutError, ItemNotFoundError, NotFoundError, StorageError, noted
 from milepost.metadata.leaf import leaves_metadata
 from milepost.protocols import COMMIT_OBJECT
+from milepost.settings import applied
 from milepost.structure import build
 from milepost.v1._context import current_settings
 from milepost.v1._metadata import CheckpointMetadata
-from milepost.v1._settings import applied
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -23,12 +23,12 @@ from milepost.manifest import Item, Manifest
 from milepost.path._finding import open_root, open_root_of
 from milepost.plugins import installed
 from milepost.routes import open_route, resolve
+from milepost.settings import applied
 from milepost.structure import LEAF, child_keys, key_text, leaf_paths, show_path
 from milepost.trees import handlers_of, take_apart
 from milepost.v1._context import current_settings
 from milepost.v1._looking import located
 from milepost.v1._saving import check_value
-from milepost.v1._settings import applied
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,8 +55,8 @@ class _PartSave(Save):
 
     number = 0
 
-    def _location(self, *args: Any) -> Location:
-        return dataclasses.replace(super()._location(*args), host=self.number, hosts=self.number + 1)
+    def _location(self, storage: RecordingStorage, staging: Staging, item: str) -> Location:
+        return dataclasses.replace(super()._location(storage, staging, item), host=self.number, hosts=self.number + 1)
 
 
 def begin_part(

@@ -13,11 +13,11 @@ from milepost.engine.background import Background
 from milepost.engine.items import OwnItem, TreeItem
 from milepost.engine.saving import Save, SaveRequest
 from milepost.errors import RequestError, noted
+from milepost.settings import applied
 from milepost.v1._context import current_settings
 from milepost.v1._looking import located
 from milepost.v1._phases import TwoPhases
 from milepost.v1._registry import global_registry, handler_for_saving, no_handler, typestr
-from milepost.v1._settings import applied
 from milepost.v1.handlers import PyTreeHandler
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from milepost.engine.background import Pending
     from milepost.engine.progress import Progress
     from milepost.path._finding import PathLike
+    from milepost.settings import Settings
     from milepost.v1._context import Context
-    from milepost.v1._settings import Settings
 
 __all__ = [
     "RESERVED",

@@ -9,7 +9,7 @@ change, and what it gives is awaited until the files are complete.
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from milepost.errors import ConfigError, DamagedError, MissingDataError, RequestError
 from milepost.v1._registry import (
@@ -185,7 +185,7 @@ def _says_how_to_load(leaf: Any) -> bool:
 class JsonHandler:
     """Saves and loads what JSON can hold, as text in a file (`data.json`)."""
 
-    also_known_as = ("milepost.handlers.JsonCheckpointHandler",)
+    also_known_as: ClassVar[tuple[str, ...]] = ("milepost.handlers.JsonCheckpointHandler",)
 
     def __init__(self, filename: str | None = None) -> None:
         self._filename = filename or "data.json"
@@ -231,7 +231,7 @@ class JsonHandler:
 class ProtoHandler:
     """Saves and loads messages of protocol buffers, as text in a file."""
 
-    also_known_as = ("milepost.handlers.ProtoCheckpointHandler",)
+    also_known_as: ClassVar[tuple[str, ...]] = ("milepost.handlers.ProtoCheckpointHandler",)
 
     def __init__(self, filename: str = "proto.pbtxt") -> None:
         self._filename = filename

@@ -3,7 +3,7 @@
 Decides the names, the defaults, and when an option may change. The rule: option objects are plain and mutable until the
 `Context` that holds them is entered; while it is active an assignment raises `RuntimeError`, so that what a save began
 with cannot change under it. A name that is no option is an error, so that a misspelt one cannot be one that is quietly
-off. What the engine is told of them is a frozen `milepost.v1._settings.Settings`.
+off. What the engine is told of them is a frozen `milepost.settings.Settings`.
 
 Some options describe how the reference writes files. They are accepted, so that programs move by changing an import;
 each says so where it has no effect.

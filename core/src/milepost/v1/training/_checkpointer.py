@@ -14,10 +14,10 @@ import time
 from typing import TYPE_CHECKING, Any, Self, final
 
 from milepost.errors import RequestError, StepAlreadyExistsError, StepNotFoundError, noted
+from milepost.settings import applied
 from milepost.v1 import _checkpoints as free
 from milepost.v1._context import Context, current_context, current_settings
 from milepost.v1._responses import Answered, AsyncResponse, in_background
-from milepost.v1._settings import applied
 from milepost.v1._training_metadata import CheckpointMetadata, RootMetadata
 
 if TYPE_CHECKING:

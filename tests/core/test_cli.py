@@ -470,3 +470,25 @@ def test_every_command_has_help_and_the_same_two_options():
 def test_the_version_is_told():
     assert run("--version").exit_code == 0
     assert run("--version").stdout == f"milepost {milepost.__version__}\n"
+
+
+class Counter:
+    def __init__(self):
+        self.count = 3
+
+    def get_state(self):
+        return {"count": self.count}
+
+    def set_state(self, state):
+        self.count = state["count"]
+
+
+def test_an_item_with_files_of_its_own_is_shown_as_such_and_metrics_as_they_were_given(tmp_path):
+    with milepost.v1.training.Checkpointer(tmp_path) as checkpointer:
+        items = {"state": {"a": np.arange(4)}, "data": Counter()}
+        checkpointer.save_checkpointables(3, items, metrics={"loss": float("nan")})
+    shown = run("show", tmp_path / "3").stdout
+    assert "metrics     {'loss': nan}" in shown
+    assert "item 'state': 1 leaf, 32 B of arrays, written by 'safetensors'" in shown
+    assert "item 'data': files of its own, written by milepost.v1.handlers." in shown
+    assert run("verify", tmp_path / "3").exit_code == 0

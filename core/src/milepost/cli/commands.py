@@ -22,6 +22,7 @@ from milepost.cli.verdicts import verified
 from milepost.engine import sweeping
 from milepost.engine.reading import Entry, choose_item, list_checkpoints, open_checkpoint
 from milepost.errors import PluginWarning
+from milepost.metadata.metrics import from_stored
 from milepost.routes import explain as explained
 from milepost.urls import join, locate
 
@@ -180,17 +181,17 @@ def _show_head(page: Page, document: dict[str, Any]) -> None:
             ("attempt", document["attempt"]),
             ("format", f"version {document['format_version']}"),
             ("size", f"{size_text(document['bytes'])} in {_counted(len(document['files']), 'file')}"),
-            *(
-                (word, document[key])
-                for word, key in (("metrics", "metrics"), ("metadata", "custom_metadata"))
-                if document[key]
-            ),
+            *([("metrics", from_stored(document["metrics"]))] if document["metrics"] else []),
+            *([("metadata", document["custom_metadata"])] if document["custom_metadata"] else []),
         ]
     )
 
 
 def _show_item(page: Page, name: str, item: Item, document: dict[str, Any], most: int) -> None:
     page.line()
+    if not item.writer:
+        page.line(f"item {name!r}: files of its own, written by {item.handler or 'somebody who gave no name'}", "bold")
+        return
     count = _counted(len(item.leaves), "leaf", "leaves")
     page.line(f"item {name!r}: {count}, {size_text(document['bytes'])} of arrays, written by {item.writer!r}", "bold")
     cells, leaves = [], 0

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from milepost.sequence import Step
 
-__all__ = ["CheckpointMetadata", "RootMetadata"]
+__all__ = ["CheckpointMetadata", "RootMetadata", "metadata_of_step"]
 
 T = TypeVar("T")
 
@@ -96,6 +96,13 @@ class CheckpointMetadata(_metadata.CheckpointMetadata[T]):
 
     def _shown(self) -> dict[str, str]:
         return {"step": str(self._step), **super()._shown(), "metrics": str(self.metrics)}
+
+
+def metadata_of_step(found: Step) -> CheckpointMetadata[None]:
+    """Return the metadata of a step of a sequence; what has to be read is read when it is first asked for."""
+    made: CheckpointMetadata[None] = CheckpointMetadata(found.step, found.path, metadata=None)
+    made._found = found  # noqa: SLF001 - the constructor has the documented parameters
+    return made
 
 
 @final

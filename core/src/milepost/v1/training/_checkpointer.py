@@ -18,7 +18,7 @@ from milepost.settings import applied
 from milepost.v1 import _checkpoints as free
 from milepost.v1._context import Context, current_context, current_settings
 from milepost.v1._responses import Answered, AsyncResponse, in_background
-from milepost.v1._training_metadata import CheckpointMetadata, RootMetadata
+from milepost.v1._training_metadata import CheckpointMetadata, RootMetadata, metadata_of_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -131,13 +131,13 @@ class Checkpointer:
         """The step with the highest number, which may be under way; None without any."""
         with self._options():
             found = self._steps.latest()
-        return None if found is None else CheckpointMetadata.of_step(found)
+        return None if found is None else metadata_of_step(found)
 
     @property
     def checkpoints(self) -> Sequence[CheckpointMetadata[None]]:
         """All steps by number, one under way among them; times and metrics are read when they are asked for."""
         with self._options():
-            return [CheckpointMetadata.of_step(step) for step in self._steps.steps()]
+            return [metadata_of_step(step) for step in self._steps.steps()]
 
     def reload(self) -> None:
         """Look at the storage again: somebody else may have saved or deleted steps."""
@@ -338,7 +338,7 @@ class Checkpointer:
 
     def _committed(self, step: int | CheckpointMetadata[Any] | None) -> CheckpointMetadata[None]:
         with self._options():
-            return CheckpointMetadata.of_step(self._steps.committed(_maybe_number(step)))
+            return metadata_of_step(self._steps.committed(_maybe_number(step)))
 
     # --- looking ---
 

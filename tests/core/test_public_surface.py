@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 import inspect
 import warnings
+from pathlib import Path
 
 import orbax.checkpoint as reference
 import pytest
@@ -453,3 +454,134 @@ def test_the_documented_step_functions_take_what_their_document_says(name):
     written = str(inspect.Signature(plain)).strip("()")
     # What a later release added by name may follow.
     assert written == OLDER[name] or written.startswith(f"{OLDER[name]}, *, ")
+
+
+# --- what calls do differently, on purpose ---------------------------------------------------------------------------
+
+BEHAVIOUR: dict[str, tuple[str, str]] = {
+    # Where the reference loses or corrupts data.
+    "leaf names that are equal once joined by dots are two leaves": (
+        "the reference writes both to one place and loads one of them twice",
+        "test_round_trip.py::test_keys_may_hold_anything_text_can",
+    ),
+    "overwriting deletes nothing before the policy has said yes": (
+        "the reference deletes the step, then asks, and may save nothing",
+        "test_v1_training.py::test_overwriting_replaces_once_the_policy_has_said_yes",
+    ),
+    "an overwrite that fails leaves the old step": (
+        "the reference has deleted it",
+        "test_v1_training.py::test_an_overwrite_that_fails_leaves_the_old_step",
+    ),
+    "a step on disk that the manager does not know is not replaced": (
+        "the reference replaces it without a word",
+        "test_checkpoint_manager.py::test_a_step_on_the_storage_that_the_manager_does_not_know_is_not_replaced",
+    ),
+    "the latest step is the newest": (
+        "the reference answers with the one that was saved last, until it is reopened",
+        "test_manager_stories_like_reference.py::test_lower_numbers_and_retention",
+    ),
+    "an item called metrics is refused": (
+        "the reference replaces it by the metrics",
+        "test_checkpoint_manager.py::test_parameters_that_exclude_each_other_or_mean_nothing_are_value_errors",
+    ),
+    "cleaning up removes only what is ours and dead": (
+        "the reference removes whatever has no commit object, running saves among them",
+        "test_step_listings.py::test_cleaning_up_leaves_everything_that_is_not_known_to_be_abandoned",
+    ),
+    "a callback after the save cannot undo the commit": (
+        "the reference calls it before the commit, and gives the checkpoint up if it fails",
+        "test_checkpointers.py::test_a_callback_that_fails_is_told_and_undoes_nothing",
+    ),
+    "a failed save retires no older step": (
+        "the reference decides before the write has been committed",
+        "test_checkpoint_manager.py::test_a_save_that_fails_retires_nothing",
+    ),
+    "a NaN is never the best": (
+        "the reference may rank it first",
+        "test_preservation.py::test_a_nan_is_never_best",
+    ),
+    "a document that is damaged is not overwritten by an update": (
+        "the reference takes it for empty",
+        "test_metadata.py::test_a_damaged_document_is_an_error_and_is_not_overwritten_by_an_update",
+    ),
+    "a cast that loses the kind of number has to be asked for": (
+        "the reference makes integers of floats because the target happens to hold some",
+        "test_restore_targets.py::test_what_does_not_fit_is_an_error_that_says_where_and_why",
+    ),
+    # Where good data are refused, or come back as something else.
+    "numbers stay numbers as keys, and tuples tuples, without a target": (
+        "what you saved is what you get",
+        "test_restore_targets.py::test_without_a_target_what_was_saved_comes_back",
+    ),
+    "empty trees and arrays without elements are saved": (
+        "they are data like others",
+        "test_checkpointers_like_reference.py::test_calls_give_what_they_give_in_the_reference_unless_there_is_a_reason",
+    ),
+    "random keys are targets for random keys, also abstract ones": (
+        "the reference shows the numbers below them, which no load takes",
+        "test_transforms.py::test_the_structs_of_random_keys_are_targets_for_them",
+    ),
+    "relative paths are paths": (
+        "the reference refuses them after it has begun to write",
+        "test_checkpointers.py::test_relative_paths_and_urls_are_paths",
+    ),
+    "a sharding whose devices are not here is information": (
+        "the reference refuses to load",
+        "test_round_trip.py::test_a_sharding_whose_devices_are_not_here_is_only_information",
+    ),
+    "loading in the background works": (
+        "the reference has it for one layout only",
+        "test_v1_training.py::test_loading_in_the_background_settles_the_step_at_once",
+    ),
+    # Where documents and releases disagree among themselves.
+    "an abstract array without a sharding is restored as NumPy's by the older generation": (
+        "its document says so; later releases take the saved sharding, as our newer generation does",
+        "test_restore_targets.py::test_an_abstract_array_without_a_sharding_is_one_of_numpy",
+    ),
+    "whether a path is finished is an error for what is no directory": (
+        "the document says so; later releases answer no",
+        "test_steps_like_reference.py::test_where_the_document_and_the_release_differ_the_document_holds",
+    ),
+    # Where an answer would mislead.
+    "a composite of formats finds a step once": (
+        "the reference lists one step twice if it has two names",
+        "test_step_listings.py::test_the_format_that_comes_first_is_preferred",
+    ),
+    "a folder without a commit object is no step of a manager": (
+        "it cannot be restored",
+        "test_sequence.py::test_a_folder_without_a_commit_object_is_no_step",
+    ),
+    "a given policy never retires the newest step, unless told to": (
+        "a training resumes from it",
+        "test_checkpoint_manager.py::test_a_policy_never_retires_the_newest_unless_told_to",
+    ),
+    "digits are ASCII and a prefix means itself": (
+        "the reference takes a prefix for a pattern",
+        "test_steps_like_reference.py::test_digits_are_ascii_and_a_prefix_means_itself",
+    ),
+    "shardings of different kinds differ": (
+        "the reference fails to compare them",
+        "test_metadata_like_reference.py::test_differences_in_equality_are_deliberate",
+    ),
+    "a missing item of a Composite is a missing key and a missing attribute": (
+        "`hasattr` raises in the reference",
+        "test_args.py::test_a_missing_item_is_a_missing_key_and_a_missing_attribute",
+    ),
+    "checking for errors reports them": (
+        "in the reference another thread may have taken them",
+        "test_checkpoint_manager.py::test_checking_for_errors_reports_and_never_waits",
+    ),
+    "a context that is active anywhere cannot be changed": (
+        "the reference unlocks one that was entered twice at its first end",
+        "test_context.py::test_a_context_that_another_thread_has_entered_cannot_be_changed",
+    ),
+}
+"""What differs, why, and the test that shows it. What only reads differently is beside the calls that are compared."""
+
+
+@pytest.mark.parametrize("difference", BEHAVIOUR)
+def test_every_difference_in_behaviour_is_shown_by_a_test(difference):
+    _, where = BEHAVIOUR[difference]
+    file, _, name = where.partition("::")
+    text = (Path(__file__).parent / file).read_text(encoding="utf-8")
+    assert f"def {name}(" in text

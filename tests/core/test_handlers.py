@@ -135,16 +135,15 @@ def test_json_that_is_none_is_damaged(tmp_path):
 
 
 def test_a_protocol_buffer_message_is_one_file(tmp_path):
-    struct_pb2 = pytest.importorskip("google.protobuf.struct_pb2", reason="protobuf belongs to whoever has messages")
+    from google.protobuf import duration_pb2, struct_pb2
+
     message = struct_pb2.Struct()
     message["a"] = 1.5
     checkpointer = Checkpointer(handlers.ProtoCheckpointHandler())
     checkpointer.save(tmp_path / "1", args=ProtoSave(message))
     assert checkpointer.restore(tmp_path / "1", args=ProtoRestore(struct_pb2.Struct)) == message
     with pytest.raises(errors.DamagedError, match="as a Duration"):
-        checkpointer.restore(
-            tmp_path / "1", args=ProtoRestore(pytest.importorskip("google.protobuf.duration_pb2").Duration)
-        )
+        checkpointer.restore(tmp_path / "1", args=ProtoRestore(duration_pb2.Duration))
     with pytest.raises(ValueError, match="its class is not given"):
         checkpointer.restore(tmp_path / "1", args=ProtoRestore(None))
     with pytest.raises(TypeError, match="no protocol buffer message"):

@@ -57,13 +57,6 @@ class CheckpointMetadata(_metadata.CheckpointMetadata[T]):
         self._metrics = metrics
         self._found: Step | None = None
 
-    @classmethod
-    def of_step(cls, found: Step) -> CheckpointMetadata[None]:
-        """Return the metadata of a step of a sequence; what has to be read is read when it is first asked for."""
-        made: CheckpointMetadata[None] = CheckpointMetadata(found.step, found.path, metadata=None)
-        made._found = found
-        return made
-
     @property
     def commit_timestamp_nsecs(self) -> int | None:
         """When the checkpoint came to exist; to the microsecond where this is one of a list of steps."""

@@ -114,7 +114,12 @@ def item_document(item: Item) -> dict[str, Any]:
         {"path": show_path(path), **_leaf_document(leaf, item)}
         for path, leaf in zip(leaf_paths(item.structure), item.leaves, strict=True)
     ]
-    return {"writer": item.writer, "handler": item.handler, "bytes": sum(leaf["bytes"] or 0 for leaf in leaves), "leaves": leaves}
+    return {
+        "writer": item.writer,
+        "handler": item.handler,
+        "bytes": sum(leaf["bytes"] or 0 for leaf in leaves),
+        "leaves": leaves,
+    }
 
 
 def _leaf_document(leaf: Mapping[str, Any], item: Item) -> dict[str, Any]:

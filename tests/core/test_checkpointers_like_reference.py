@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 ON_ONE = jax.sharding.SingleDeviceSharding(jax.devices()[1])
-ON_ALL = jax.sharding.NamedSharding(jax.make_mesh((8,), ("x",)), jax.sharding.PartitionSpec("x"))
+ON_ALL = jax.sharding.NamedSharding(jax.sharding.Mesh(np.array(jax.devices()), ("x",)), jax.sharding.PartitionSpec("x"))
 OUR_OWN_MODULES = ("checkpointers", "args", "handlers", "type_handlers", "transform_utils", "options")
 
 

@@ -11,7 +11,7 @@ import milepost
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from milepost import metadata
 from milepost.engine.reading import open_checkpoint
@@ -125,7 +125,10 @@ def shardings(draw):
         count = draw(st.integers(0, min(2, len(free))))
         spec.append(tuple(free[:count]) if count > 1 else free[0] if count else None)
         free = free[max(count, 1) :]
-    return jax.sharding.NamedSharding(mesh, P(*spec))
+    try:
+        return jax.sharding.NamedSharding(mesh, P(*spec))
+    except ValueError:  # older releases of JAX split no dimension over axes of different kinds
+        reject()
 
 
 def both(sharding):
@@ -259,7 +262,12 @@ def tree():
 def shown(leaf):
     row = {name: getattr(leaf, name, None) for name in ("name", "shape", "dtype")}
     sharding = getattr(leaf, "sharding", None)
-    return row | {"type": type(leaf).__name__, "sharding": sharding and sharding.to_serialized_string()}
+    return row | {"type": type(leaf).__name__, "sharding": sharding and written(sharding)}
+
+
+def written(sharding):
+    """Return the text of a sharding; older releases of JAX give the devices of a CPU another name."""
+    return sharding.to_serialized_string().replace("TFRT_CPU_", "cpu:")
 
 
 def test_the_metadata_of_a_tree_is_that_of_the_reference(tmp_path):
@@ -300,10 +308,7 @@ def test_v1_leaves_are_shown_as_the_reference_shows_them(tmp_path):
     }
     for mine, its in ((ours["params"]["w"], theirs["params"]["w"]), (ours["params"]["b"], theirs["params"]["b"])):
         assert (mine.shape, mine.dtype) == (its.shape, its.dtype)
-        assert (
-            mine.sharding_metadata.to_serialized_string()
-            == metadata.from_serialized_string(its.sharding_metadata.to_serialized_string()).to_serialized_string()
-        )
+        assert written(mine.sharding_metadata) == written(its.sharding_metadata)
         assert mine.sharding == its.sharding
     assert (ours["numpy"].shape, ours["numpy"].dtype) == (theirs["numpy"].shape, theirs["numpy"].dtype)
 

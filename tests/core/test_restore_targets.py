@@ -34,7 +34,7 @@ class Layer:
 
 @pytest.fixture
 def spread():
-    return NamedSharding(jax.make_mesh((8,), ("x",)), PartitionSpec("x"))
+    return NamedSharding(jax.sharding.Mesh(np.array(jax.devices()), ("x",)), PartitionSpec("x"))
 
 
 @pytest.fixture

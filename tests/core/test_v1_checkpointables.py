@@ -286,6 +286,13 @@ def test_an_item_of_files_is_no_tree(tmp_path):
         ocp.load(tmp_path / "1", checkpointable_name="data")
 
 
+def test_a_checkpoint_without_a_tree_says_what_saved_it(tmp_path):
+    ocp.save_checkpointables(tmp_path / "1", {"data": DictIterator()})
+    with pytest.raises(InvalidLayoutError, match=r"item 'data' of .* its own files") as caught:
+        ocp.load(tmp_path / "1")
+    assert "IteratorHandler" in caught.value.__notes__[0]
+
+
 @pytest.mark.parametrize("name", ["metrics", "AUTO", "_CHECKPOINT_DELETION", "", "a/b", ".a"])
 def test_names_that_cannot_be_are_refused(tmp_path, name):
     with pytest.raises(ValueError, match="cannot save an item called"):

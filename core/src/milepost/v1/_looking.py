@@ -58,15 +58,17 @@ def tree_name(checkpoint: Checkpoint, name: str | None) -> str:
             InvalidLayoutError(f"cannot load {checkpoint.url!r} as a flat tree: its items have names"),
             f"there are: {', '.join(map(repr, items))}",
         )
-    trees = sorted(each for each, item in items.items() if item.writer)
-    if name == "AUTO" and trees:
-        name = "state" if "state" in trees else trees[0]
+    if name == "AUTO" and items:
+        # Without a tree, the error is about an item that is there.
+        trees = [each for each, item in items.items() if item.writer] or items
+        name = "state" if "state" in trees else min(trees)
     if name not in items:
         raise no_item(checkpoint, name)
     if not items[name].writer:
         raise noted(
             InvalidLayoutError(f"cannot load item {name!r} of {checkpoint.url!r} as a tree: it wrote its own files"),
-            f"load it with load_checkpointables; it was saved by {items[name].handler or 'nobody knows what'}",
+            f"it was saved by {items[name].handler or 'a handler that gave no name'}: load it with that handler's"
+            " checkpointer, or with load_checkpointables",
         )
     return name
 

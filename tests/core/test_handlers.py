@@ -119,7 +119,7 @@ def test_json_is_one_file(tmp_path):
     for at, name in enumerate((None, "config.json")):
         checkpointer = Checkpointer(handlers.JsonCheckpointHandler(name))
         checkpointer.save(tmp_path / str(at), args=JsonSave({"a": [1, None, "ü"]}))
-        assert (tmp_path / str(at) / "state" / (name or "metadata")).exists()
+        assert (tmp_path / str(at) / (name or "metadata")).exists()
         assert checkpointer.restore(tmp_path / str(at)) == {"a": [1, None, "ü"]}
     for bad in ({"a": object()}, None):
         with pytest.raises(ValueError, match="cannot save"):

@@ -11,7 +11,7 @@ from milepost.hookspecs import CheckpointEvent
 from milepost.plugins import GROUPS, HINTS, OURS, installed, missing_members
 from milepost.protocols import Storage
 
-STORAGE, COMMIT, ARRAYS, PLUGINS = GROUPS
+STORAGE, COMMIT, ARRAYS, LAYOUTS, PLUGINS = GROUPS
 
 WRAPPER = f"""
 {HOOKIMPL}
@@ -109,7 +109,7 @@ def test_a_name_that_nobody_offers_lists_what_is_offered(lake):
 
 @pytest.mark.parametrize(("group", "name"), HINTS)
 def test_a_missing_package_of_this_project_is_named(lake, group, name):
-    ask = {STORAGE: "storage", COMMIT: "commit", ARRAYS: "arrays"}[group]
+    ask = {STORAGE: "storage", COMMIT: "commit", ARRAYS: "arrays", LAYOUTS: "layout"}[group]
     with pytest.raises(PluginNotFoundError) as error:
         getattr(lake.plugins(), ask)(name)
     assert notes(error) == f"pip install {HINTS[group, name]}"

@@ -254,7 +254,7 @@ class _Single:
         self._typestr = handler.typestr()
 
     def to_items(self, given: Any) -> Mapping[str, TreeItem[Any] | OwnItem]:
-        return {_ITEM: self._handler.to_item(given)}
+        return {_ITEM: dataclasses.replace(self._handler.to_item(given), flat=True)}
 
     def from_items(self, checkpoint: Checkpoint, plugins: Plugins, item: str, given: Any) -> Any:
         return self._handler.from_item(StoredItem(checkpoint, _chosen(checkpoint, item, self._typestr), plugins), given)

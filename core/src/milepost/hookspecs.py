@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import pluggy
 
 if TYPE_CHECKING:
-    from milepost.protocols import ArrayIO, CommitStrategy, LeafHandler, Storage
+    from milepost.protocols import ArrayIO, CommitStrategy, Layout, LeafHandler, Storage
 
 __all__ = [
     "PROJECT",
@@ -26,6 +26,7 @@ __all__ = [
     "Hooks",
     "RegisterArrays",
     "RegisterCommit",
+    "RegisterLayout",
     "RegisterLeafHandler",
     "RegisterNameFormat",
     "RegisterStorage",
@@ -51,6 +52,7 @@ class StorageFactory(Protocol):
 RegisterStorage: TypeAlias = "Callable[[str, Callable[..., Storage]], None]"
 RegisterCommit: TypeAlias = "Callable[[str, Callable[..., CommitStrategy]], None]"
 RegisterArrays: TypeAlias = "Callable[[str, Callable[..., ArrayIO]], None]"
+RegisterLayout: TypeAlias = "Callable[[str, Callable[..., Layout]], None]"
 RegisterLeafHandler: TypeAlias = "Callable[[LeafHandler], None]"
 RegisterNameFormat: TypeAlias = Callable[[str, Callable[..., object]], None]
 
@@ -80,6 +82,10 @@ class Hooks:
     @hookspec
     def register_arrays(self, register: RegisterArrays) -> None:
         """Call `register(name, factory)` for every array writer this package claims."""
+
+    @hookspec
+    def register_layouts(self, register: RegisterLayout) -> None:
+        """Call `register(name, factory)` for every layout of others that this package reads."""
 
     @hookspec
     def register_leaf_handlers(self, register: RegisterLeafHandler) -> None:

@@ -86,8 +86,10 @@ class PythonScalarHandler:
             return Parts({"hex": hex(leaf)})  # JSON readers of other languages, and Python's own, limit decimal digits
         return Parts({"value": leaf})
 
-    def put_together(self, json: Mapping[str, Json], arrays: Mapping[str, Any]) -> Any:  # noqa: ARG002 - the protocol's
-        """Return the value."""
+    def put_together(self, json: Mapping[str, Json], arrays: Mapping[str, Any]) -> Any:
+        """Return the value; other formats keep it as an array."""
+        if "" in arrays:
+            return self._cls(arrays[""].item())
         if self._cls is float:
             return _float(json["bits"])
         if self._cls is complex:

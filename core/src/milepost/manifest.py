@@ -32,7 +32,9 @@ __all__ = [
     "check_path",
     "decode",
     "encode",
+    "from_document",
     "is_manifest",
+    "to_document",
 ]
 
 FORMAT = "milepost"
@@ -67,7 +69,8 @@ class Item:
     `leaves` has one JSON object per leaf, in order: `type` names the leaf handler, `arrays` its arrays by part (each an
     `ArrayLeaf` once read), the rest belongs to the handler. `shardings` are what the leaves' arrays were spread over:
     information, never a demand. `records` is the array writer's, one for each host that wrote; its files are below
-    `prefix`, relative to the checkpoint. An item that wrote its own files has no writer. `handler` names what the item
+    `prefix`, relative to the checkpoint ("" for an item that is all of it). An item that wrote its own files has no
+    writer. `handler` names what the item
     was saved with, where the caller said so.
     """
 
@@ -101,12 +104,18 @@ class Manifest:
         return sum(file.size for file in self.files)
 
 
+def to_document(manifest: Manifest) -> dict[str, Any]:
+    """Return a manifest as the JSON object that it is written as; leaves may still hold `ArrayLeaf`s."""
+    document: dict[str, Any] = {"format": FORMAT}
+    document |= {field.name: getattr(manifest, field.name) for field in dataclasses.fields(manifest)}
+    document["items"] = {name: _without_blank(_shallow(item)) for name, item in manifest.items.items()}
+    document["files"] = [_shallow(file) for file in manifest.files]
+    return document
+
+
 def encode(manifest: Manifest) -> bytes:
     """Return the body of the commit object: ASCII JSON that ends in a checksum of all that stands before it."""
-    head: dict[str, Any] = {"format": FORMAT}
-    head |= {field.name: getattr(manifest, field.name) for field in dataclasses.fields(manifest)}
-    head["items"] = {name: _without_blank(_shallow(item)) for name, item in manifest.items.items()}
-    head["files"] = [_shallow(file) for file in manifest.files]
+    head = to_document(manifest)
     # A manifest that was read has `ArrayLeaf`s where one that was made has objects.
     body = json.dumps(head, separators=(",", ":"), allow_nan=False, default=_shallow).encode("ascii")[:-1]
     return body + f'{_CHECKSUM}{fingerprint(body)}"}}'.encode()
@@ -141,6 +150,14 @@ def decode(body: bytes, *, where: str) -> Manifest:
             "pip install --upgrade milepost",
         )
     _check_sum(body, where)
+    return from_document(document, where=where)
+
+
+def from_document(document: Mapping[str, Any], *, where: str) -> Manifest:
+    """Read a manifest that is a JSON object already, believing nothing; raises `ManifestError`.
+
+    `document` is taken over: what is in it may be changed.
+    """
     try:
         return _manifest(document)
     except RecursionError:
@@ -207,11 +224,15 @@ def _item(json: Any, name: str) -> Item:
         leaves=leaves,
         shardings=shardings,
         writer=_is(json["writer"], str, "writer"),
-        prefix=check_path(_is(json["prefix"], str, "prefix").removesuffix("/")) + "/",
+        prefix=_prefix(_is(json["prefix"], str, "prefix")),
         records=_is(json["records"], list, "records"),
         handler=_is(json.get("handler", ""), str, "handler"),
         custom_metadata=_is_any(json.get("custom_metadata"), (dict, type(None)), "custom_metadata of an item"),
     )
+
+
+def _prefix(text: str) -> str:
+    return check_path(text.removesuffix("/")) + "/" if text else ""
 
 
 def _leaf(json: Any, shardings: int, known: dict[tuple[Any, ...], ArrayLeaf]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ import pluggy
 from milepost.config import did_you_mean
 from milepost.errors import PluginBrokenError, PluginConflictError, PluginNotFoundError, PluginWarning, noted
 from milepost.hookspecs import PROJECT, Hooks, StorageFactory, hookimpl
-from milepost.protocols import ArrayIO, CommitStrategy, LeafHandler, Storage
+from milepost.protocols import ArrayIO, CommitStrategy, Layout, LeafHandler, Storage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -36,15 +36,18 @@ if TYPE_CHECKING:
 
 __all__ = ["GROUPS", "HINTS", "OURS", "Claim", "Plugins", "Problem", "installed", "missing_members"]
 
-STORAGE, COMMIT, ARRAYS, PLUGINS = GROUPS = (
+STORAGE, COMMIT, ARRAYS, LAYOUTS, PLUGINS = GROUPS = (
     "milepost.storage",
     "milepost.commit",
     "milepost.arrays",
+    "milepost.layouts",
     "milepost.plugins",
 )
 """The groups of entry points in which packages claim names."""
 
-OURS = frozenset({"milepost", "milepost-core", "milepost-posix", "milepost-safetensors"})
+OURS = frozenset(
+    {"milepost", "milepost-core", "milepost-posix", "milepost-safetensors", "milepost-tensorstore", "milepost-zarr"}
+)
 """The distributions of this project, which `MILEPOST_DISABLE_PLUGINS=all` spares."""
 
 HINTS: Mapping[tuple[str, str], str] = MappingProxyType(
@@ -52,14 +55,29 @@ HINTS: Mapping[tuple[str, str], str] = MappingProxyType(
         (STORAGE, "file"): "milepost-posix",
         (COMMIT, "rename"): "milepost-posix",
         (ARRAYS, "safetensors"): "milepost-safetensors",
+        (ARRAYS, "tensorstore"): "milepost-tensorstore",
+        (ARRAYS, "zarr"): "milepost-zarr",
+        (LAYOUTS, "huggingface"): "milepost-safetensors",
+        (LAYOUTS, "orbax"): "milepost-tensorstore",
     }
 )
 """The package of this project that offers a name."""
 
 _DISABLE = "MILEPOST_DISABLE_PLUGINS"
-_WORDS = {STORAGE: "storage", COMMIT: "commit strategy", ARRAYS: "array writer", PLUGINS: "plugin"}
-_REGISTER = {STORAGE: "register_storage", COMMIT: "register_commit", ARRAYS: "register_arrays"}
-_MAKES: Mapping[str, type] = {STORAGE: Storage, COMMIT: CommitStrategy, ARRAYS: ArrayIO}
+_WORDS = {
+    STORAGE: "storage",
+    COMMIT: "commit strategy",
+    ARRAYS: "array writer",
+    LAYOUTS: "layout",
+    PLUGINS: "plugin",
+}
+_REGISTER = {
+    STORAGE: "register_storage",
+    COMMIT: "register_commit",
+    ARRAYS: "register_arrays",
+    LAYOUTS: "register_layouts",
+}
+_MAKES: Mapping[str, type] = {STORAGE: Storage, COMMIT: CommitStrategy, ARRAYS: ArrayIO, LAYOUTS: Layout}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -136,6 +154,10 @@ class Plugins:
     def arrays(self, name: str) -> Callable[..., ArrayIO]:
         """Return what makes the array writer of a name; what it returns is checked against `ArrayIO`."""
         return self._factory(ARRAYS, name)
+
+    def layout(self, name: str) -> Callable[..., Layout]:
+        """Return what makes the layout of a name; what it returns is checked against `Layout`."""
+        return self._factory(LAYOUTS, name)
 
     def leaf_handlers(self) -> tuple[LeafHandler, ...]:
         """Return the leaf handlers of all packages in `milepost.plugins`; this project's come first."""

@@ -26,16 +26,21 @@ __all__ = [
     "ArraySpec",
     "Box",
     "Buffer",
+    "ChunksArrays",
     "CommitStrategy",
+    "CompletesCheckpoints",
     "CreatesOnly",
     "ExchangesPrefixes",
     "Hosts",
     "Json",
     "KeepsFolders",
+    "Layout",
     "LeafHandler",
     "Leftover",
     "Location",
     "MapsFiles",
+    "NamesDriver",
+    "NotesFiles",
     "Parts",
     "Piece",
     "ReadOptions",
@@ -196,6 +201,24 @@ class KeepsFolders(Protocol):
         ...
 
 
+@runtime_checkable
+class NamesDriver(Protocol):
+    """A storage that TensorStore reaches by a driver of its own, without going through this process."""
+
+    def kvstore(self, prefix: str) -> Mapping[str, Json]:
+        """Return TensorStore's specification of the key-value store below a prefix, endpoint and credentials too."""
+        ...
+
+
+@runtime_checkable
+class NotesFiles(Protocol):
+    """A storage that keeps a list of what is written, and must be told of what was written behind its back."""
+
+    def note(self, key: str) -> None:
+        """Take note of an object that a native driver wrote: of its size, not of its bytes."""
+        ...
+
+
 # --- commit ----------------------------------------------------------------------------------------------------------
 
 
@@ -296,11 +319,16 @@ class Box:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ArraySpec:
-    """One array of an item: a name that is unique in it, its shape, and its dtype by NumPy's or ml_dtypes' name."""
+    """One array of an item: a name that is unique in it, its shape, and its dtype by NumPy's or ml_dtypes' name.
+
+    `box` is the shape of the boxes that it is spread over hosts and devices in, counted from the origin; those at the
+    far ends may be smaller. No box is written by two hosts. None: it is not spread.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    box: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -308,6 +336,7 @@ class Piece:
     """One box of one array that this host writes.
 
     `fetch` returns its data, of exactly the box's shape, in C order; it is called once, when the bytes are needed.
+    For a writer that `ChunksArrays`, a box consists of whole chunks.
     `box` None means the whole array. `view` says that the data exist in memory anyway, so that holding them costs none.
     """
 
@@ -380,6 +409,45 @@ class ArrayIO(Protocol):
         `records` holds what every host's `write` returned. The caller owns the arrays: nobody else writes to them, and
         they begin at an address divisible by 64 where their size makes that worth it. Raises `MissingDataError` and
         `ChecksumError`, naming file and array, and `ManifestError` for a record that contradicts itself.
+        """
+        ...
+
+
+@runtime_checkable
+class ChunksArrays(Protocol):
+    """An array writer that stores arrays in chunks of which each is written once, whole, and by one host."""
+
+    def chunk(self, spec: ArraySpec) -> tuple[int, ...]:
+        """Return the shape of an array's chunks, counted from the origin; it divides `spec.box` where there is one."""
+        ...
+
+
+@runtime_checkable
+class CompletesCheckpoints(Protocol):
+    """An array writer whose format has files besides the arrays."""
+
+    def complete(self, location: Location, checkpoint: Mapping[str, Any]) -> None:
+        """Write what else the format needs; called on one host, once every host has written everything.
+
+        `location` is that of the whole checkpoint, `checkpoint` its manifest as a JSON object, with all but `files`:
+        each of `items` has a `prefix` (relative to the checkpoint's own data, "" or ending in "/"), `structure`,
+        `leaves`, `shardings`, `writer` and `records`, as docs/reference/format.md describes them.
+        """
+        ...
+
+
+# --- foreign layouts -------------------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class Layout(Protocol):
+    """A way in which others lay out checkpoints, which can be read as if it were ours."""
+
+    def read(self, storage: Storage, prefix: str, names: Sequence[str]) -> Mapping[str, Any] | None:
+        """Return the manifest of what is below a prefix, as a JSON object; None where it is not of this layout.
+
+        `names` are the children of the prefix. Nothing of the arrays themselves is read. Raises `DamagedError` for
+        what is of this layout and cannot be read, saying what is missing or wrong, by leaf where possible.
         """
         ...
 

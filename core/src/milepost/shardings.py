@@ -69,13 +69,13 @@ def _revive(saved: Mapping[str, Any]) -> Any:
             platform, _, number = saved["device_str"].partition(":")
             return jax.sharding.SingleDeviceSharding(_devices(platform)[int(number)])
         case "NamedSharding":
-            devices = _devices(saved["platform"])
+            devices = _devices(saved.get("platform"))  # the reference does not say
             ids = [entry["id"] for entry in _flat(saved["device_mesh"]["mesh"])]
             if len(set(ids)) != len(ids):
                 return None
             mesh = np.array([devices[number] for number in ids], dtype=object).reshape(saved["shape"])
             kinds = {str(kind): kind for kind in jax.sharding.AxisType}
-            types = tuple(kinds[kind] for kind in saved["axis_types"])
+            types = tuple(kinds[kind] for kind in saved["axis_types"]) if saved.get("axis_types") else None
             spec = [tuple(part) if isinstance(part, list) else part for part in saved["partition_spec"]]
             named = jax.sharding.Mesh(mesh, tuple(saved["axis_names"]), axis_types=types)
             return jax.sharding.NamedSharding(named, jax.sharding.PartitionSpec(*spec))  # type: ignore[no-untyped-call]
@@ -83,7 +83,7 @@ def _revive(saved: Mapping[str, Any]) -> Any:
 
 
 @functools.cache
-def _devices(platform: str) -> Mapping[int, Any]:
+def _devices(platform: str | None) -> Mapping[int, Any]:
     import jax
 
     return {device.id: device for device in jax.devices(platform)}

@@ -33,11 +33,15 @@ _CHUNK = 8 << 20
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TreeItem(Generic[T]):
-    """A tree to save; `handler` names what it was saved with, `custom_metadata` is kept with it."""
+    """A tree to save; `handler` names what it was saved with, `custom_metadata` is kept with it.
+
+    The files of one that is `flat` are directly in the checkpoint's folder, where the only item of a checkpoint may be.
+    """
 
     tree: T
     handler: str = ""
     custom_metadata: Mapping[str, Any] | None = None
+    flat: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,11 +49,12 @@ class OwnItem:
     """Something that writes its own files.
 
     `begin` is given an empty folder; when it returns, the caller may change what is saved, and what it returns is
-    called once, on any thread, to complete the files.
+    called once, on any thread, to complete the files. `flat` is as in `TreeItem`.
     """
 
     begin: Callable[[Path], Callable[[], object]]
     handler: str = ""
+    flat: bool = False
 
 
 class OwnFiles:
@@ -57,6 +62,7 @@ class OwnFiles:
 
     def __init__(self, item: OwnItem) -> None:
         self.handler: str = item.handler
+        self.flat: bool = item.flat
         self._folder = tempfile.TemporaryDirectory(prefix="milepost-")
         try:
             self._complete = item.begin(Path(self._folder.name))

@@ -10,7 +10,8 @@ same plan without asking. After the snapshot the caller may donate or overwrite 
   allows, the others when a writer gets to them. The snapshot returns when all are copied.
 - A blocking save copies nothing that need not be: the caller waits anyway.
 
-An array larger than the budget that has to be copied is cut into boxes along its first axes.
+An array larger than the budget that has to be copied is cut into boxes along its first axes; for a writer that stores
+arrays in chunks, into whole ones.
 """
 
 from __future__ import annotations
@@ -19,19 +20,23 @@ import dataclasses
 import functools
 import itertools
 import math
+import operator
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from milepost.dtypes import dtype_name
-from milepost.protocols import Array, ArraySpec, Box, Hosts, Piece
+from milepost.protocols import Array, ArrayIO, ArraySpec, Box, ChunksArrays, Hosts, Piece
 from milepost.shardings import describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-__all__ = ["Budget", "Plan", "box_of", "in_host_memory", "plan_arrays"]
+__all__ = ["Budget", "Plan", "Planner", "box_of", "chunks_of", "cut", "in_host_memory"]
+
+Chunk: TypeAlias = "Callable[[ArraySpec], tuple[int, ...]]"
+"""What tells the shape of the chunks in which an array is stored."""
 
 
 class Budget:
@@ -163,40 +168,43 @@ class Plan:
         self.budget.close()
 
 
-def plan_arrays(
-    names: Sequence[str], parts: Sequence[Mapping[str, Any]], hosts: Hosts, budget: Budget, *, lasting: bool
-) -> Plan:
-    """Plan the arrays of an item's leaves; `lasting` when the caller goes on before everything is written."""
-    planner = _Planner(hosts, budget, lasting=lasting)
-    for name, arrays in zip(names, parts, strict=True):
-        planner.add(name, arrays)
-    return planner.plan
+def chunks_of(writer: ArrayIO) -> Chunk | None:
+    """Return what tells a writer's chunks, None for one that stores arrays in any pieces."""
+    return writer.chunk if isinstance(writer, ChunksArrays) else None
 
 
-class _Planner:
-    def __init__(self, hosts: Hosts, budget: Budget, *, lasting: bool) -> None:
-        self._hosts, self._budget, self._lasting = hosts, budget, lasting
+class Planner:
+    """Plans the arrays of an item's leaves; `lasting` when the caller goes on before everything is written."""
+
+    def __init__(self, hosts: Hosts, budget: Budget, *, lasting: bool, chunk: Chunk | None = None) -> None:
+        self._hosts, self._budget, self._lasting, self._chunk = hosts, budget, lasting, chunk
         self._shardings = _Shardings()
         self._loads = [0] * hosts.count
         self.plan = Plan([], [], [], self._shardings.table, [], self._budget)
+
+    def plan_all(self, names: Sequence[str], parts: Sequence[Mapping[str, Any]]) -> Plan:
+        """Plan the arrays of all leaves, by part, in order."""
+        for name, arrays in zip(names, parts, strict=True):
+            self.add(name, arrays)
+        return self.plan
 
     def add(self, name: str, arrays: Mapping[str, Any]) -> None:
         """Plan the arrays of one leaf."""
         described = {}
         for part, array in arrays.items():
             spec = ArraySpec(f"{name}~.{part}" if part else name, tuple(array.shape), dtype_name(array.dtype))
-            self.plan.specs.append(spec)
             sharding = None
             if isinstance(array, np.ndarray):
                 self._add_numpy(spec, array)
             else:
                 sharding, replicated, near = self._shardings.look_up(array)
                 if not (replicated and self._hosts.count == 1):
-                    self._add_shards(spec, array)
+                    spec = self._add_shards(spec, array)
                 elif near:
                     self.plan.pieces.append(Piece(spec, _view_of(array, spec.shape), view=True))
                 else:
                     self._add_shard(spec, None, array.addressable_data(0))
+            self.plan.specs.append(spec)
             described[part] = {"shape": spec.shape, "dtype": spec.dtype, "sharding": sharding}
         self.plan.arrays.append(described)
 
@@ -207,25 +215,35 @@ class _Planner:
         if not self._lasting and array.flags.c_contiguous:
             self.plan.pieces.append(Piece(spec, lambda: array, view=True))
             return
-        for box in _cut(spec, self._budget.piece):
+        for box in cut(spec, self._budget.piece, self._chunk):
             self._copy(spec, box, functools.partial(_copy_of, array, box))
 
-    def _add_shards(self, spec: ArraySpec, array: Any) -> None:
+    def _add_shards(self, spec: ArraySpec, array: Any) -> ArraySpec:
         shards = {box_of(shard.index, spec.shape): shard.data for shard in array.addressable_shards}
-        for box, owners in _boxes(array.sharding, spec.shape, self._hosts).items():
+        boxes = _boxes(array.sharding, spec.shape, self._hosts)
+        if len(boxes) > 1:
+            # Where the devices do not divide an axis evenly, its last boxes are smaller.
+            largest = tuple(max(lengths) for lengths in zip(*(box.shape for box in boxes), strict=True))
+            spec = dataclasses.replace(spec, box=largest)
+        for box, owners in boxes.items():
             writer = min(owners, key=lambda host: (self._loads[host], host))
             self._loads[writer] += math.prod(box.shape) * array.dtype.itemsize
             if writer == self._hosts.index:
                 whole = box.shape == spec.shape
                 self._add_shard(spec, None if whole else box, shards[box])
+        return spec
 
     def _add_shard(self, spec: ArraySpec, box: Box | None, data: Any) -> None:
         if in_host_memory(data):
             self.plan.pieces.append(Piece(spec, _view_of(data, data.shape), box, view=True))
             return
         shape = spec.shape if box is None else box.shape
-        for part in _cut(dataclasses.replace(spec, shape=shape), self._budget.piece):
+        for part in cut(dataclasses.replace(spec, shape=shape), self._budget.piece, self._chunk_of(spec)):
             self._copy(spec, box if part is None else _within(box, part), functools.partial(_copy_of, data, part))
+
+    def _chunk_of(self, spec: ArraySpec) -> Chunk | None:
+        chunk = self._chunk
+        return None if chunk is None else lambda _: chunk(spec)
 
     def _copy(self, spec: ArraySpec, box: Box | None, copy: Callable[[], Array]) -> None:
         if not self._lasting:
@@ -290,21 +308,38 @@ def _within(outer: Box | None, inner: Box) -> Box:
     return Box(tuple(map(sum, zip(outer.start, inner.start, strict=True))), inner.shape)
 
 
-def _cut(spec: ArraySpec, limit: int) -> Iterator[Box | None]:
-    """Cut an array into row-aligned boxes of at most about `limit` bytes; None alone for one that need not be cut.
+def cut(spec: ArraySpec, limit: int, chunk: Chunk | None = None) -> Iterator[Box | None]:
+    """Cut an array into boxes of whole chunks (or elements) of at most about `limit` bytes, along its first axes.
 
-    >>> [box.start for box in _cut(ArraySpec("a", (4, 2), "float64"), 32)]
+    None alone for one that need not be cut.
+
+    >>> [box.start for box in cut(ArraySpec("a", (4, 2), "float64"), 32)]
     [(0, 0), (2, 0)]
+    >>> [box.start for box in cut(ArraySpec("a", (7, 2), "float64"), 64, lambda spec: (3, 2))]
+    [(0, 0), (3, 0), (6, 0)]
     """
     shape, itemsize = spec.shape, _itemsize(spec)
     if math.prod(shape) * itemsize <= limit:
         yield None
         return
-    inner = [math.prod(shape[axis + 1 :]) * itemsize for axis in range(len(shape))]
-    axis = next(axis for axis in range(len(shape)) if inner[axis] <= limit or axis == len(shape) - 1)
+    unit = chunk(spec) if chunk else (1,) * len(shape)
+    for start, length in _in_units(tuple(map(_divided, shape, unit)), math.prod(unit) * itemsize, limit):
+        begin = tuple(map(operator.mul, start, unit))
+        most = map(operator.mul, length, unit)
+        yield Box(begin, tuple(min(some, end - at) for some, end, at in zip(most, shape, begin, strict=True)))
+
+
+def _divided(length: int, unit: int) -> int:
+    return -(-length // unit)
+
+
+def _in_units(shape: tuple[int, ...], size: int, limit: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Cut a shape, of which every unit has so many bytes; yield starts and lengths."""
+    inner = [math.prod(shape[axis + 1 :]) * size for axis in range(len(shape))]
+    axis = next((axis for axis in range(len(shape)) if inner[axis] <= limit), len(shape) - 1)
     rows = max(1, limit // inner[axis])
     rest = shape[axis + 1 :]
     for outer in itertools.product(*map(range, shape[:axis])):
         for start in range(0, shape[axis], rows):
             count = min(rows, shape[axis] - start)
-            yield Box((*outer, start, *(0 for _ in rest)), (*(1 for _ in outer), count, *rest))
+            yield (*outer, start, *(0 for _ in rest)), (*(1 for _ in outer), count, *rest)

@@ -1,7 +1,8 @@
 """How a checkpoint is found: by its commit object, and by nothing else.
 
 The rule: what is visible under the name exists, whole; anything else is described as precisely as it can be, so that
-whoever asked for it knows what to do next. No JAX here, and no device.
+whoever asked for it knows what to do next. What others laid out in their own way is read by whichever installed layout
+knows it, as if it had a manifest of ours. No JAX here, and no device.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from milepost.errors import (
     InvalidLayoutError,
     ItemNotFoundError,
     NotFoundError,
+    PluginError,
     StorageError,
     noted,
 )
-from milepost.manifest import Item, Manifest, decode, is_manifest
-from milepost.plugins import Plugins, installed
-from milepost.protocols import COMMIT_OBJECT, Storage
+from milepost.manifest import Item, Manifest, decode, from_document, is_manifest
+from milepost.plugins import LAYOUTS, Plugins, installed
+from milepost.protocols import COMMIT_OBJECT, Layout, Storage
 from milepost.routes import OpenRoute, Route, open_route, resolve
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ __all__ = ["Checkpoint", "Entry", "choose_item", "find", "list_checkpoints", "op
 _MANIFEST_LIMIT = 1 << 30
 _RECOGNISABLE = 5
 _STAGING = ".orbax-checkpoint-tmp"
+_HINTS = ("checkpoints of Orbax are read by a package of their own: pip install milepost-tensorstore",)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -66,12 +69,42 @@ class Entry:
 def open_checkpoint(path: str | os.PathLike[str], plugins: Plugins | None = None) -> Checkpoint:
     """Open the checkpoint at a path or URL.
 
-    Raises `CheckpointNotFoundError`, or `InvalidLayoutError` saying what is there instead, or `ManifestError`.
+    Raises `CheckpointNotFoundError`, or `InvalidLayoutError` saying what is there instead, or `DamagedError`.
     """
     plugins = plugins or installed()
-    route = open_route(resolve(path, plugins), plugins)
-    prefix, body = find(route)
-    return Checkpoint(route.route, route.storage, prefix, read_manifest(route.route, body))
+    return _open(open_route(resolve(path, plugins), plugins), plugins)
+
+
+def _open(opened: OpenRoute, plugins: Plugins) -> Checkpoint:
+    route, storage = opened.route, opened.storage
+    try:
+        prefix, body = find(opened)
+        return Checkpoint(route, storage, prefix, read_manifest(route, body))
+    except _NotOursError as error:
+        manifest = None if _STAGING in route.name or _is_within_ours(route) else _foreign(opened, plugins, error)
+        if manifest is None:
+            raise
+        return Checkpoint(route, storage, f"{route.name}/", manifest)
+
+
+class _NotOursError(InvalidLayoutError):
+    """Say that something is there, and no manifest of ours."""
+
+
+def _foreign(opened: OpenRoute, plugins: Plugins, error: InvalidLayoutError) -> Manifest | None:
+    """Ask the installed layouts; what hinders one of them is noted at the error that is raised if none knows it."""
+    prefix, storage = f"{opened.route.name}/", opened.storage
+    names = _names(storage, prefix)
+    for claim in plugins.claims(LAYOUTS):
+        try:
+            layout: Layout = plugins.layout(claim.name)()
+        except PluginError as problem:
+            noted(error, f"not read by layout {claim.name!r}: {problem}")
+            continue
+        document = layout.read(storage, prefix, names)
+        if document is not None:
+            return from_document(document, where=opened.route.url)
+    return None
 
 
 def read_manifest(route: Route, body: bytes) -> Manifest:
@@ -79,10 +112,10 @@ def read_manifest(route: Route, body: bytes) -> Manifest:
     if is_manifest(body):
         return decode(body, where=route.url)
     raise noted(
-        InvalidLayoutError(
+        _NotOursError(
             f"cannot open {route.url!r}: it was committed by another program, its {COMMIT_OBJECT} says {body[:60]!r}"
         ),
-        "checkpoints in the layout of Orbax cannot be read by this version",
+        *_HINTS,
     )
 
 
@@ -123,7 +156,8 @@ def _explained(storage: Storage, route: Route) -> InvalidLayoutError:
     inside = _names(storage, f"{route.name}/")
     if inside:
         looks = _looks_like(storage, route, inside)
-        return noted(InvalidLayoutError(f"cannot open {route.url!r}: {looks}"), *_near_by(storage, route))
+        hints = _HINTS if "Orbax" in looks else ()
+        return noted(_NotOursError(f"cannot open {route.url!r}: {looks}"), *hints, *_near_by(storage, route))
     there = _instead(storage, route, _names(storage, ""))
     return noted(CheckpointNotFoundError(f"cannot open {route.url!r}: {there}"), *_near_by(storage, route))
 
@@ -179,11 +213,20 @@ def _exists(storage: Storage, key: str) -> bool:
 
 
 def _exists_above(route: Route) -> bool:
+    return _commit_object_above(route) is not None
+
+
+def _is_within_ours(route: Route) -> bool:
+    # The manifest knows the item better than whatever files of another format are beside its arrays.
+    return is_manifest(_commit_object_above(route) or b"")
+
+
+def _commit_object_above(route: Route) -> bytes | None:
     try:
         above = open_route(resolve(route.root), installed())
+        return _commit_object(above.storage, f"{above.route.name}/")
     except Exception:  # noqa: BLE001 - this only looks for a hint; the error being explained matters more
-        return False
-    return _exists(above.storage, f"{above.route.name}/{COMMIT_OBJECT}")
+        return None
 
 
 def choose_item(manifest: Manifest, name: str, where: str) -> tuple[str, Item]:
@@ -205,23 +248,31 @@ def list_checkpoints(path: str | os.PathLike[str], plugins: Plugins | None = Non
     A checkpoint whose manifest cannot be read is listed with its error. Raises `NotFoundError` if nothing is at the
     root.
     """
-    root = urls.locate(path)
-    route = open_route(resolve(urls.join(root, "_"), plugins), plugins or installed())
-    names = sorted((name for name in route.storage.children("") if name.endswith("/")), key=_natural)
-    found = [_entry(route.storage, root, name.removesuffix("/")) for name in names]
-    if not names and not _names(route.storage, ""):
+    root, plugins = urls.locate(path), plugins or installed()
+    opened = open_route(resolve(urls.join(root, "_"), plugins), plugins)
+    names = sorted((name for name in opened.storage.children("") if name.endswith("/")), key=_natural)
+    found = [_entry(opened, root, name.removesuffix("/"), plugins) for name in names]
+    if not names and not _names(opened.storage, ""):
         raise NotFoundError(f"cannot list {root!r}: it is empty or does not exist")
     return [entry for entry in found if entry is not None]
 
 
-def _entry(storage: Storage, root: str, name: str) -> Entry | None:
-    body = _commit_object(storage, f"{name}/")
-    if body is None or _STAGING in name:
+def _entry(opened: OpenRoute, root: str, name: str, plugins: Plugins) -> Entry | None:
+    if _STAGING in name:
         return None
+    route = dataclasses.replace(opened.route, url=urls.join(root, name), name=name)
+    child = dataclasses.replace(opened, route=route)
+    body = _commit_object(opened.storage, f"{name}/")
     try:
-        return Entry(name, decode(body, where=urls.join(root, name)))
-    except Exception as error:  # noqa: BLE001 - one unreadable checkpoint must not hide the others
-        return Entry(name, None, error)
+        if body is not None and is_manifest(body):
+            return Entry(name, decode(body, where=route.url))
+        error = _NotOursError(f"cannot open {route.url!r}: it was committed by another program")
+        manifest = _foreign(child, plugins, error)
+    except Exception as problem:  # noqa: BLE001 - one unreadable checkpoint must not hide the others
+        return Entry(name, None, problem)
+    if manifest is not None:
+        return Entry(name, manifest)
+    return None if body is None else Entry(name, None, noted(error, *_HINTS))
 
 
 def _natural(name: str) -> tuple[Any, ...]:

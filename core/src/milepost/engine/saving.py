@@ -6,7 +6,7 @@ leaves no checkpoint and removes what it wrote; nothing after the commit point c
     prepare    resolve the route, take the trees apart, refuse what cannot be saved
     begin      one host looks whether the name is free, and opens an attempt
     snapshot   what the caller does from here on changes nothing
-    write      every host writes its boxes
+    write      every host writes its boxes; one host then what else the format of the arrays needs
     commit     one host writes the manifest: the checkpoint exists
 """
 
@@ -28,21 +28,31 @@ from milepost.attempts import new_attempt
 from milepost.engine.budgets import automatic_budget
 from milepost.engine.collecting import resting_collector
 from milepost.engine.items import OwnFiles, OwnItem, TreeItem
-from milepost.engine.pieces import Budget, Plan, plan_arrays
+from milepost.engine.pieces import Budget, Plan, Planner, chunks_of
 from milepost.engine.progress import Progress, Progressing, log_seconds
-from milepost.engine.recording import RecordingStorage
+from milepost.engine.recording import RecordingStorage, recording
 from milepost.errors import AbortedError, AlreadyExistsError, NotFoundError, RequestError, StorageError, noted
 from milepost.hookspecs import CheckpointEvent
 from milepost.hosts import OneHost
 from milepost.manifest import FileEntry, Item, Manifest
 from milepost.plugins import Plugins, installed
-from milepost.protocols import COMMIT_OBJECT, ArrayIO, Hosts, Json, Location, Staging, WriteOptions
+from milepost.protocols import (
+    COMMIT_OBJECT,
+    ArrayIO,
+    CompletesCheckpoints,
+    Hosts,
+    Json,
+    Location,
+    Staging,
+    WriteOptions,
+)
 from milepost.routes import OpenRoute, open_route, resolve
-from milepost.trees import Taken, handlers_of, take_apart
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator, Mapping
+
+    from milepost.trees import Taken
 
 __all__ = ["Save", "SaveRequest"]
 
@@ -81,7 +91,7 @@ class _Tree:
     """What the manifest says of a tree, without the arrays."""
 
     def __init__(self, item: TreeItem[Any], taken: Taken) -> None:
-        self.handler, self.custom_metadata = item.handler, item.custom_metadata
+        self.handler, self.custom_metadata, self.flat = item.handler, item.custom_metadata, item.flat
         self.structure = taken.structure
         self.types = taken.types
         self.jsons = [parts.json for parts in taken.parts]
@@ -123,6 +133,11 @@ class Save:
         self._custom_metadata = _plain_json(self._request.custom_metadata, "custom_metadata")
         self._metrics = _plain_json(self._request.metrics, "metrics")
         self._arrays = self._array_writer()
+        self._take_apart()
+
+    def _take_apart(self) -> None:
+        from milepost.trees import handlers_of, take_apart  # brings JAX, which copying does without
+
         trees = {name: item for name, item in self._request.items.items() if isinstance(item, TreeItem)}
         for name, item in trees.items():
             _plain_json(item.custom_metadata, f"custom_metadata of item {name!r}")
@@ -141,7 +156,8 @@ class Save:
         for name, taken in self._taken.items():
             budget = Budget(lambda: route.save_budget or automatic_budget(lasting=self._lasting), route.threads)
             arrays = [parts.arrays for parts in taken.parts]
-            self._plans[name] = plan_arrays(taken.names, arrays, self._hosts, budget, lasting=self._lasting)
+            planner = Planner(self._hosts, budget, lasting=self._lasting, chunk=chunks_of(self._arrays))
+            self._plans[name] = planner.plan_all(taken.names, arrays)
         self._begin_own()
         # From here on only the plans refer to arrays, so that each can go as soon as it is written or copied.
         self._taken = {}
@@ -198,9 +214,9 @@ class Save:
                         lambda: dataclasses.asdict(strategy.stage(storage, self._open.route.name, self._attempt)),
                     )
                 )
-                items, files = self._write(staging)
+                manifest = self._write(staging)
             with self._clock.phase("commit"):
-                manifest = self._commit(staging, items, files)
+                self._commit(staging, manifest)
         except BaseException as error:
             self._abandon(staging)
             self._tell("save_failed", error=error)
@@ -211,23 +227,35 @@ class Save:
         log_seconds("saved", self._open.route.url, manifest.data_bytes, self._clock.seconds)
         return manifest
 
-    def _write(self, staging: Staging) -> tuple[dict[str, Item], list[FileEntry]]:
-        storage = RecordingStorage(self._open.storage, staging.prefix, staging.data, self._progress())
-        items = {name: self._write_tree(name, plan, staging, storage) for name, plan in self._plans.items()}
-        items |= {name: self._write_own(name, own, staging, storage) for name, own in self._own.items()}
+    def _write(self, staging: Staging) -> Manifest:
+        storage = recording(self._open.storage, staging.prefix, staging.data, self._progress())
+        manifest = self._manifest(self._write_items(staging, storage))
+        self._complete(manifest, staging, storage)
         answers = self._hosts.together("files", lambda: [dataclasses.asdict(file) for file in storage.files()])
-        return items, [FileEntry(**file) for files in answers for file in files]
+        return dataclasses.replace(manifest, files=tuple(FileEntry(**file) for files in answers for file in files))
+
+    def _write_items(self, staging: Staging, storage: RecordingStorage) -> dict[str, Item]:
+        items = {name: self._write_tree(name, plan, staging, storage) for name, plan in self._plans.items()}
+        return items | {name: self._write_own(name, own, staging, storage) for name, own in self._own.items()}
 
     def _write_tree(self, name: str, plan: Plan, staging: Staging, storage: RecordingStorage) -> Item:
-        location = self._location(storage, staging, name)
+        location = self._location(storage, staging, _folder(name, flat=self._trees[name].flat))
         self._hosts.decide(f"create {name}", functools.partial(self._arrays.create, location, plan.specs))
         write = functools.partial(self._arrays.write, location, plan.pieces, self._options)
         return self._item(name, plan, staging, self._hosts.together(f"write {name}", write))
 
     def _write_own(self, name: str, own: OwnFiles, staging: Staging, storage: RecordingStorage) -> Item:
-        store = functools.partial(own.store, storage, f"{staging.prefix}{name}/")
-        self._hosts.together(f"write {name}", store)
-        return Item(None, [], [], "", f"{staging.data}{name}/", [], own.handler)
+        folder = _folder(name, flat=own.flat)
+        self._hosts.together(f"write {name}", functools.partial(own.store, storage, f"{staging.prefix}{folder}"))
+        return Item(None, [], [], "", f"{staging.data}{folder}", [], own.handler)
+
+    def _complete(self, manifest: Manifest, staging: Staging, storage: RecordingStorage) -> None:
+        writer, location = self._arrays, self._location(storage, staging, "")
+        if isinstance(writer, CompletesCheckpoints):
+            document = manifests.to_document(manifest)
+            for item in document["items"].values():
+                item["prefix"] = item["prefix"].removeprefix(staging.data)
+            self._hosts.decide("complete", functools.partial(writer.complete, location, document))
 
     def _progress(self) -> Callable[[int], object]:
         progress = self._request.progress
@@ -241,8 +269,8 @@ class Save:
 
         return add
 
-    def _location(self, storage: RecordingStorage, staging: Staging, item: str) -> Location:
-        prefix = f"{staging.prefix}{item}/"
+    def _location(self, storage: RecordingStorage, staging: Staging, folder: str) -> Location:
+        prefix = f"{staging.prefix}{folder}"
         return Location(storage, prefix, f"{storage.url}/{prefix}", self._hosts.index, self._hosts.count)
 
     def _item(self, name: str, plan: Plan, staging: Staging, records: list[Any]) -> Item:
@@ -257,24 +285,25 @@ class Save:
             leaves=leaves,
             shardings=plan.shardings,
             writer=self._open.route.arrays,
-            prefix=f"{staging.data}{name}/",
+            prefix=f"{staging.data}{_folder(name, flat=taken.flat)}",
             records=records,
             handler=taken.handler,
             custom_metadata=None if taken.custom_metadata is None else dict(taken.custom_metadata),
         )
 
-    def _commit(self, staging: Staging, items: Mapping[str, Item], files: list[FileEntry]) -> Manifest:
-        manifest = Manifest(
+    def _manifest(self, items: Mapping[str, Item]) -> Manifest:
+        return Manifest(
             attempt=self._attempt,
             init_timestamp_nsecs=self._began,
             commit_timestamp_nsecs=time.time_ns(),
             written_by=_written_by(self._hosts.count),
             items=items,
-            files=tuple(files),
+            files=(),
             custom_metadata=self._custom_metadata,
             metrics=self._metrics,
         )
 
+    def _commit(self, staging: Staging, manifest: Manifest) -> None:
         def publish() -> None:
             self._check_cancelled()
             with resting_collector():
@@ -282,7 +311,6 @@ class Save:
             self._open.commit.publish(self._open.storage, staging, body, overwrite=self._request.overwrite)
 
         self._hosts.decide("commit", publish)
-        return manifest
 
     def _abandon(self, staging: Staging | None) -> None:
         if staging is None or self._hosts.index != 0:
@@ -296,6 +324,10 @@ class Save:
         if self._hosts.index == 0:
             url = self._open.route.url
             self._plugins.tell(hook, CheckpointEvent(url, self._attempt, size, dict(self._clock.seconds), error))
+
+
+def _folder(name: str, *, flat: bool) -> str:
+    return "" if flat else f"{name}/"
 
 
 def _is_taken(route: OpenRoute) -> bool:

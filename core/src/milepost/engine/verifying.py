@@ -18,14 +18,27 @@ from milepost.checksums import Running
 from milepost.dtypes import known_dtypes
 from milepost.errors import NotFoundError, PluginError, StorageError
 from milepost.plugins import Plugins, installed
-from milepost.protocols import COMMIT_OBJECT, ArrayIO, Box, Buffer, Location, ReadOptions, ReadRequest, Storage
+from milepost.protocols import (
+    COMMIT_OBJECT,
+    ArrayIO,
+    Box,
+    Buffer,
+    KeepsFolders,
+    Location,
+    NamesDriver,
+    ReadOptions,
+    ReadRequest,
+    Storage,
+)
 from milepost.structure import leaf_names, leaf_paths, show_path
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from pathlib import Path
 
     from milepost.engine.reading import Checkpoint
     from milepost.manifest import ArrayLeaf, FileEntry, Item
+    from milepost.protocols import Json
 
 __all__ = ["FileReport", "LeafName", "strangers", "verify"]
 
@@ -95,9 +108,10 @@ def strangers(checkpoint: Checkpoint) -> list[str]:
         for parts in [path.split("/")]
         for n in range(1, len(parts))
     }
-    top = (name for name in checkpoint.storage.children(checkpoint.prefix) if not _is_of_an_attempt(name))
-    found = {name for name in top if name not in files and name not in folders}
-    for prefix in inside:
+    top = {name for name in checkpoint.storage.children(checkpoint.prefix) if not _is_of_an_attempt(name)}
+    found = top - files - folders
+    # The files of a flat item are at the top, and its folders are those that are listed.
+    for prefix in (top & folders) if "" in inside else inside:
         found |= set(_unlisted(checkpoint, prefix, files, folders))
     return sorted(found)
 
@@ -199,7 +213,7 @@ class _Leaves:
         paths = list(leaf_paths(item.structure))
         for path, name, leaf in zip(paths, leaf_names(paths), item.leaves, strict=True):
             for part, array in leaf["arrays"].items():
-                watched = _Watched(self._checkpoint.storage)
+                watched = _watching(self._checkpoint.storage)
                 error = self._failure(item, io, f"{name}~.{part}" if part else name, array, watched)
                 if error is not None:
                     yield _Damaged(LeafName(item_name, show_path(path)), error, frozenset(watched.touched))
@@ -241,6 +255,13 @@ def _halved(box: Box, most: int) -> Iterator[Box]:
         yield from _halved(Box(tuple(begin), tuple(shape)), most)
 
 
+def _watching(storage: Storage) -> _Watched:
+    # A native driver would otherwise be handed copies of all files, once for each array.
+    if isinstance(storage, KeepsFolders):
+        return _WatchedFolders(storage)
+    return _WatchedDriver(storage) if isinstance(storage, NamesDriver) else _Watched(storage)
+
+
 class _Watched:
     """A storage that notes what is read from it, and passes on nothing but reading."""
 
@@ -279,3 +300,19 @@ class _Watched:
     def delete(self, key: str) -> None:
         """Refuse."""
         raise StorageError(f"cannot delete {key!r}: the checkpoint is being verified")
+
+
+class _WatchedFolders(_Watched):
+    def folder(self, prefix: str) -> Path:
+        """Return the folder of a prefix; what is read there is not noted."""
+        storage = self._storage
+        assert isinstance(storage, KeepsFolders)  # noqa: S101 - `_watching` chose this class by it
+        return storage.folder(prefix)
+
+
+class _WatchedDriver(_Watched):
+    def kvstore(self, prefix: str) -> Mapping[str, Json]:
+        """Return the specification of a prefix; what is read there is not noted."""
+        storage = self._storage
+        assert isinstance(storage, NamesDriver)  # noqa: S101 - `_watching` chose this class by it
+        return storage.kvstore(prefix)

@@ -22,6 +22,7 @@ from milepost.errors import AlreadyExistsError, ChecksumError, ConfigError, NotF
 from milepost.manifest import Item, Manifest
 from milepost.path._finding import open_root, open_root_of
 from milepost.plugins import installed
+from milepost.protocols import CompletesCheckpoints
 from milepost.routes import open_route, resolve
 from milepost.settings import applied
 from milepost.structure import LEAF, child_keys, key_text, leaf_paths, show_path
@@ -55,8 +56,8 @@ class _PartSave(Save):
 
     number = 0
 
-    def _location(self, storage: RecordingStorage, staging: Staging, item: str) -> Location:
-        return dataclasses.replace(super()._location(storage, staging, item), host=self.number, hosts=self.number + 1)
+    def _location(self, storage: RecordingStorage, staging: Staging, folder: str) -> Location:
+        return dataclasses.replace(super()._location(storage, staging, folder), host=self.number, hosts=self.number + 1)
 
 
 def begin_part(
@@ -67,6 +68,7 @@ def begin_part(
     check_value(_ITEM, state)
     with applied(current_settings(), url):
         _check_free(url)
+        _check_writer(url)
         parts = _parts(url)
         structures = [part.manifest.items[_ITEM].structure for part in parts.values()]
         _joined([*structures, take_apart(state, handlers_of(installed())).structure], url)
@@ -98,6 +100,15 @@ def _check_free(url: str) -> None:
     root, name = open_root_of(url)
     if any(root.checkpoints([name])):
         raise AlreadyExistsError(f"cannot save a part of {url!r}: a checkpoint is there already")
+
+
+def _check_writer(url: str) -> None:
+    route = resolve(url, writing=True)
+    if isinstance(installed().arrays(route.arrays)(**route.arrays_options), CompletesCheckpoints):
+        raise noted(
+            ConfigError(f"cannot save a part of {url!r}: files of the array writer {route.arrays!r} cannot be joined"),
+            'configure another for it, such as arrays = "safetensors", and convert the whole with `milepost cp`',
+        )
 
 
 def _was_committed(url: str, whole: Item) -> bool:

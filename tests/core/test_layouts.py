@@ -17,6 +17,8 @@ import numpy as np
 from milepost.errors import DamagedError
 
 class Piles:
+    def __init__(self, zarr_format=2):
+        self.zarr_format = zarr_format
     def create(self, location, specs):
         self.specs = specs
     def chunk(self, spec):
@@ -28,7 +30,8 @@ class Piles:
             start = piece.box.start if piece.box else [0] * len(piece.spec.shape)
             name = f"{{piece.spec.name}}@{{'-'.join(map(str, start))}}.npy"
             location.storage.write(location.prefix + name, [out.getvalue()])
-        return None
+        wishes = {{spec.name: [spec.chunk_bytes, list(spec.chunk_axes)] for spec in self.specs}}
+        return {{"zarr_format": self.zarr_format, "wishes": wishes}}
     def read(self, location, records, requests, options):
         for index, request in enumerate(requests):
             assert request.box is None
@@ -207,6 +210,40 @@ def test_an_array_that_is_cut_is_cut_along_whole_chunks(piles, tmp_path):
         np.testing.assert_array_equal(big[place], part)
         seen[place] += 1
     assert (seen == 1).all()
+
+
+def records_of(path):
+    items = json.loads((path / "commit_success.txt").read_text())["items"]
+    return {name: item["records"] for name, item in items.items()}
+
+
+def test_what_the_options_of_a_face_say_of_the_format_reaches_a_writer_that_knows_it(piles, tmp_path):
+    state = {"a": np.ones(4), "b": np.ones(2)}
+    with milepost.configured({"default": {"arrays": "piles"}}):
+        milepost.PyTreeCheckpointer(use_zarr3=True, use_ocdbt=False).save(tmp_path / "1", state)
+        milepost.PyTreeCheckpointer().save(tmp_path / "2", state)
+        with v1.Context(array_options=v1.options.ArrayOptions(saving=v1.options.ArrayOptions.Saving(use_zarr3=False))):
+            v1.save(tmp_path / "3", state)
+    with milepost.configured({"default": {"arrays": "piles", "arrays_options": {"zarr_format": 5}}}):
+        milepost.PyTreeCheckpointer().save(tmp_path / "4", state)
+        milepost.PyTreeCheckpointer(use_zarr3=True).save(tmp_path / "5", state)
+    found = [records_of(tmp_path / str(at))["state"][0]["zarr_format"] for at in range(1, 6)]
+    assert found == [3, 2, 2, 5, 3]
+
+
+def test_how_arrays_are_to_be_divided_reaches_the_writer(piles, tmp_path):
+    state = {"a": np.ones(4), "b": np.ones(2), "c": 1}
+    save_args = {"a": milepost.SaveArgs(chunk_byte_size=16, shard_axes=(0,)), "b": None, "c": milepost.SaveArgs()}
+    storing = v1.options.ArrayOptions.Saving(
+        storage_options=v1.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=8)
+    )
+    with milepost.configured({"default": {"arrays": "piles"}}):
+        with milepost.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / "1", state, save_args=save_args)
+        with v1.Context(array_options=v1.options.ArrayOptions(saving=storing)):
+            v1.save(tmp_path / "2", state)
+    assert records_of(tmp_path / "1")["state"][0]["wishes"] == {"a": [16, [0]], "b": [None, []]}
+    assert records_of(tmp_path / "2")["state"][0]["wishes"] == {"a": [8, []], "b": [8, []]}
 
 
 def test_parts_cannot_be_joined_where_the_format_has_files_besides_the_arrays(piles, tmp_path, monkeypatch):

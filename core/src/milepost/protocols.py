@@ -51,6 +51,7 @@ __all__ = [
     "Staging",
     "Storage",
     "SyncsPrefixes",
+    "TellsChunks",
     "WriteOptions",
 ]
 
@@ -322,13 +323,16 @@ class ArraySpec:
     """One array of an item: a name that is unique in it, its shape, and its dtype by NumPy's or ml_dtypes' name.
 
     `box` is the shape of the boxes that it is spread over hosts and devices in, counted from the origin; those at the
-    far ends may be smaller. No box is written by two hosts. None: it is not spread.
+    far ends may be smaller. No box is written by two hosts. None: it is not spread. `chunk_bytes` and `chunk_axes` are
+    what the caller wishes for chunks: how large one may be, and which axes are divided first.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     box: tuple[int, ...] | None = None
+    chunk_bytes: int | None = None
+    chunk_axes: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -419,6 +423,17 @@ class ChunksArrays(Protocol):
 
     def chunk(self, spec: ArraySpec) -> tuple[int, ...]:
         """Return the shape of an array's chunks, counted from the origin; it divides `spec.box` where there is one."""
+        ...
+
+
+@runtime_checkable
+class TellsChunks(Protocol):
+    """An array writer that knows of an array it stored in which chunks it did, each of which is read as a whole."""
+
+    def stored_chunks(
+        self, location: Location, records: Sequence[Json], names: Sequence[str]
+    ) -> Sequence[tuple[int, ...] | None]:
+        """Return for each array the shape of its chunks, counted from the origin; None where any box reads as well."""
         ...
 
 

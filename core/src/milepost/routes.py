@@ -27,7 +27,17 @@ if TYPE_CHECKING:
 
     from milepost.protocols import CommitStrategy, Storage
 
-__all__ = ["GENERIC", "Choice", "Explanation", "OpenRoute", "Route", "explain", "open_route", "resolve"]
+__all__ = [
+    "GENERIC",
+    "Choice",
+    "Explanation",
+    "OpenRoute",
+    "Route",
+    "explain",
+    "open_route",
+    "resolve",
+    "taken_options",
+]
 
 GENERIC = "fsspec"
 """The storage that opens what no package claims."""
@@ -223,6 +233,14 @@ def _check_options(role: str, chosen: Mapping[str, Any], factory: Callable[..., 
             ConfigError(f"unknown option {min(unknown)!r} in {role}_options of {origin}: the {what} does not take it"),
             did_you_mean(min(unknown), names),
         )
+
+
+def taken_options(factory: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of some options that a factory takes by name."""
+    names = {
+        one.name for one in _parameters(factory) or () if one.kind in {one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY}
+    }
+    return {name: value for name, value in options.items() if name in names}
 
 
 @functools.cache

@@ -67,13 +67,14 @@ class Settings:
     """What holds for one call.
 
     The route: budgets in bytes, `directory_mode` as in `os.mkdir`, the name of a commit strategy; `trash` is where
-    deleted checkpoints are moved on gs://. Saving: see `storage_of`; with `copy_host_arrays` False the caller promises
-    not to change NumPy arrays until an asynchronous save has ended; `on_committed` is called after each of those.
-    Loading: `layout` is "auto", "orbax" or "safetensors"; with `partial`, saved leaves that the target lacks are left
-    out; with `resize`, arrays are cut or filled with zeros to the target's shape; `broadcast` None means that everybody
-    reads; `read_chunk_bytes` and `over_read` are for foreign safetensors files. `registry` holds the handlers, None
-    means those of the process. Processes: `timeout` bounds each wait in seconds; `primary_host` None means that each
-    process is its own; `active_processes` None means all.
+    deleted checkpoints are moved on gs://. Saving: see `storage_of`; `array_format` are options of array writers;
+    with `copy_host_arrays` False the caller promises not to change NumPy arrays until an asynchronous save has
+    ended; `on_committed` is called after each of those. Loading: `layout` is "auto", "orbax" or "safetensors"; with
+    `partial`, saved leaves that the target lacks are left out; with `resize`, arrays are cut or filled with zeros
+    to the target's shape; `broadcast` None means that everybody reads; `read_chunk_bytes` and `over_read` are for
+    foreign safetensors files. `registry` holds the handlers, None means those of the process. Processes: `timeout`
+    bounds each wait in seconds; `primary_host` None means that each process is its own; `active_processes` None
+    means all.
     """
 
     save_budget: int | None = None
@@ -82,6 +83,7 @@ class Settings:
     commit: str | None = None
     trash: str | None = None
 
+    array_format: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     storage: StorageRule = StorageRule()
     scoped_storage: Callable[[tuple[Any, ...], Any], StorageRule | None] | None = None
     copy_host_arrays: bool = True

@@ -18,13 +18,13 @@ from milepost.errors import ChecksumError, MissingDataError, NotFoundError
 from milepost.protocols import KeepsFolders
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from milepost.engine.reading import Checkpoint
     from milepost.manifest import FileEntry, Item
     from milepost.protocols import Storage
 
-__all__ = ["OwnFiles", "OwnItem", "TreeItem", "folder_of"]
+__all__ = ["OwnFiles", "OwnItem", "TreeItem", "Wish", "folder_of"]
 
 T = TypeVar("T")
 
@@ -32,16 +32,28 @@ _CHUNK = 8 << 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Wish:
+    """How an array is divided where the array writer stores chunks: their most bytes, and the axes divided first."""
+
+    chunk_bytes: int | None = None
+    chunk_axes: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class TreeItem(Generic[T]):
     """A tree to save; `handler` names what it was saved with, `custom_metadata` is kept with it.
 
     The files of one that is `flat` are directly in the checkpoint's folder, where the only item of a checkpoint may be.
+    `options` are for the array writer, where it takes them, and stronger than those of the route; `wishes` say for each
+    leaf, in JAX's order, how its array is divided, None for nothing.
     """
 
     tree: T
     handler: str = ""
     custom_metadata: Mapping[str, Any] | None = None
     flat: bool = False
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    wishes: Sequence[Wish | None] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -33,6 +33,8 @@ from milepost.shardings import describe
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from milepost.engine.items import Wish
+
 __all__ = ["Budget", "Plan", "Planner", "box_of", "chunks_of", "cut", "in_host_memory"]
 
 Chunk: TypeAlias = "Callable[[ArraySpec], tuple[int, ...]]"
@@ -182,17 +184,24 @@ class Planner:
         self._loads = [0] * hosts.count
         self.plan = Plan([], [], [], self._shardings.table, [], self._budget)
 
-    def plan_all(self, names: Sequence[str], parts: Sequence[Mapping[str, Any]]) -> Plan:
+    def plan_all(
+        self,
+        names: Sequence[str],
+        parts: Sequence[Mapping[str, Any]],
+        wishes: Sequence[Wish | None] | None = None,
+    ) -> Plan:
         """Plan the arrays of all leaves, by part, in order."""
-        for name, arrays in zip(names, parts, strict=True):
-            self.add(name, arrays)
+        for name, arrays, wish in zip(names, parts, wishes or itertools.repeat(None, len(names)), strict=True):
+            self.add(name, arrays, wish)
         return self.plan
 
-    def add(self, name: str, arrays: Mapping[str, Any]) -> None:
+    def add(self, name: str, arrays: Mapping[str, Any], wish: Wish | None = None) -> None:
         """Plan the arrays of one leaf."""
         described = {}
         for part, array in arrays.items():
             spec = ArraySpec(f"{name}~.{part}" if part else name, tuple(array.shape), dtype_name(array.dtype))
+            if wish is not None:
+                spec = dataclasses.replace(spec, chunk_bytes=wish.chunk_bytes, chunk_axes=wish.chunk_axes)
             sharding = None
             if isinstance(array, np.ndarray):
                 self._add_numpy(spec, array)

@@ -46,7 +46,7 @@ from milepost.protocols import (
     Staging,
     WriteOptions,
 )
-from milepost.routes import OpenRoute, open_route, resolve
+from milepost.routes import OpenRoute, open_route, resolve, taken_options
 
 if TYPE_CHECKING:
     import os
@@ -92,6 +92,7 @@ class _Tree:
 
     def __init__(self, item: TreeItem[Any], taken: Taken) -> None:
         self.handler, self.custom_metadata, self.flat = item.handler, item.custom_metadata, item.flat
+        self.wishes = item.wishes
         self.structure = taken.structure
         self.types = taken.types
         self.jsons = [parts.json for parts in taken.parts]
@@ -132,7 +133,8 @@ class Save:
         self._open = open_route(resolve(self._request.path, self._plugins, writing=True), self._plugins)
         self._custom_metadata = _plain_json(self._request.custom_metadata, "custom_metadata")
         self._metrics = _plain_json(self._request.metrics, "metrics")
-        self._arrays = self._array_writer()
+        self._writers: dict[str, ArrayIO] = {}
+        self._arrays = self._array_writer({})
         self._take_apart()
 
     def _take_apart(self) -> None:
@@ -141,13 +143,19 @@ class Save:
         trees = {name: item for name, item in self._request.items.items() if isinstance(item, TreeItem)}
         for name, item in trees.items():
             _plain_json(item.custom_metadata, f"custom_metadata of item {name!r}")
+            if item.options:
+                self._writers[name] = self._array_writer(item.options)
         self._taken = {name: take_apart(item.tree, handlers_of(self._plugins)) for name, item in trees.items()}
         self._trees = {name: _Tree(item, self._taken[name]) for name, item in trees.items()}
 
-    def _array_writer(self) -> ArrayIO:
+    def _array_writer(self, options: Mapping[str, Any]) -> ArrayIO:
         route = self._open.route
-        writer: ArrayIO = self._plugins.arrays(route.arrays)(**route.arrays_options)
+        factory = self._plugins.arrays(route.arrays)
+        writer: ArrayIO = factory(**{**route.arrays_options, **taken_options(factory, options)})
         return writer
+
+    def _writer(self, name: str) -> ArrayIO:
+        return self._writers.get(name, self._arrays)
 
     def _plan(self) -> None:
         route = self._open.route
@@ -156,8 +164,8 @@ class Save:
         for name, taken in self._taken.items():
             budget = Budget(lambda: route.save_budget or automatic_budget(lasting=self._lasting), route.threads)
             arrays = [parts.arrays for parts in taken.parts]
-            planner = Planner(self._hosts, budget, lasting=self._lasting, chunk=chunks_of(self._arrays))
-            self._plans[name] = planner.plan_all(taken.names, arrays)
+            planner = Planner(self._hosts, budget, lasting=self._lasting, chunk=chunks_of(self._writer(name)))
+            self._plans[name] = planner.plan_all(taken.names, arrays, self._trees[name].wishes)
         self._begin_own()
         # From here on only the plans refer to arrays, so that each can go as soon as it is written or copied.
         self._taken = {}
@@ -240,8 +248,9 @@ class Save:
 
     def _write_tree(self, name: str, plan: Plan, staging: Staging, storage: RecordingStorage) -> Item:
         location = self._location(storage, staging, _folder(name, flat=self._trees[name].flat))
-        self._hosts.decide(f"create {name}", functools.partial(self._arrays.create, location, plan.specs))
-        write = functools.partial(self._arrays.write, location, plan.pieces, self._options)
+        writer = self._writer(name)
+        self._hosts.decide(f"create {name}", functools.partial(writer.create, location, plan.specs))
+        write = functools.partial(writer.write, location, plan.pieces, self._options)
         return self._item(name, plan, staging, self._hosts.together(f"write {name}", write))
 
     def _write_own(self, name: str, own: OwnFiles, staging: Staging, storage: RecordingStorage) -> Item:

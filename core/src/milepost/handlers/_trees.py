@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from milepost import args as a
 from milepost.engine.items import TreeItem
 from milepost.errors import ConfigError
-from milepost.handlers._casting import cast_by
+from milepost.handlers._casting import saved_by
 from milepost.handlers._folders import save_into, saving_into, stored_in
 from milepost.handlers._interface import AsyncCheckpointHandler, Directory
 from milepost.options import MultiprocessingOptions
@@ -104,6 +104,18 @@ def _with_args(cls: type) -> type:
     return next((one for one in cls.__mro__ if a.has_registered_args(one)), cls)
 
 
+def format_options(*, ocdbt: bool, zarr3: bool = False, compression: bool = True) -> dict[str, Any]:
+    """Return what is said of the format in words of the array writer; what is left at its default says nothing.
+
+    >>> format_options(ocdbt=True, zarr3=True)
+    {'zarr_format': 3}
+    """
+    said: dict[str, Any] = {} if ocdbt else {"ocdbt": False}
+    if zarr3:
+        said["zarr_format"] = 3
+    return said if compression else {**said, "compression": "none"}
+
+
 def _present(item: Any) -> Any:
     if item is None:
         raise ConfigError("cannot save None: there is no item")
@@ -135,8 +147,9 @@ class StandardCheckpointHandler(_EngineTree):
     """Saves a tree of arrays, numbers and strings; restores it like a tree of values, abstract or real.
 
     `save_concurrent_gb` and `restore_concurrent_gb` have no effect: the budgets of the route say how much memory saving
-    and loading may hold. Nor have `pytree_metadata_options` and `use_ocdbt`: the metadata always tell the saved
-    structure, and the array writer is chosen by the route. `multiprocessing_options` are those of the checkpointer.
+    and loading may hold. Nor has `pytree_metadata_options`: the metadata always tell the saved structure. The array
+    writer is chosen by the route; one that can do without OCDBT does if `use_ocdbt` is False.
+    `multiprocessing_options` are those of the checkpointer.
     """
 
     _milepost_save_args: ClassVar[type] = a.StandardSave
@@ -151,12 +164,12 @@ class StandardCheckpointHandler(_EngineTree):
         pytree_metadata_options: Any = None,
         use_ocdbt: bool = True,
     ) -> None:
-        del save_concurrent_gb, restore_concurrent_gb, multiprocessing_options, pytree_metadata_options, use_ocdbt
+        del save_concurrent_gb, restore_concurrent_gb, multiprocessing_options, pytree_metadata_options
+        self._writer_options = format_options(ocdbt=use_ocdbt)
 
     def to_item(self, args: a.StandardSave) -> TreeItem[Any]:
         """Say what is saved; raises a `ValueError` that lists all leaves that cannot be."""
-        item = cast_by(_present(args.item), args.save_args)
-        return TreeItem(item, self.typestr(), args.custom_metadata)
+        return saved_by(_present(args.item), args.save_args, self.typestr(), args.custom_metadata, self._writer_options)
 
     def restore(self, directory: Directory, item: Any | None = None, args: a.StandardRestore | None = None) -> Any:
         """Restore from a folder that was saved into, a checkpoint, or the folder of an item within one."""
@@ -189,8 +202,9 @@ def _laid_out(value: Any, item: Any) -> Any:
 class PyTreeCheckpointHandler(_EngineTree):
     """Saves a tree; restores it leaf by leaf as a tree of `RestoreArgs` says, wholly, in part, or transformed.
 
-    All parameters are accepted, and none has an effect: which array writer writes, and how much memory saving and
-    loading may hold, is what the route says, and the metadata always tell the saved structure.
+    Which array writer writes, and how much memory saving and loading may hold, is what the route says, and the metadata
+    always tell the saved structure. An array writer that knows these formats takes `use_ocdbt`, `use_zarr3` and
+    `use_compression` where they differ from their defaults, before what the route says. All else has no effect.
     """
 
     _milepost_save_args: ClassVar[type] = a.PyTreeSave
@@ -216,14 +230,16 @@ class PyTreeCheckpointHandler(_EngineTree):
         is_prioritized_key_fn: Any = None,
     ) -> None:
         del aggregate_filename, save_concurrent_gb, restore_concurrent_gb, save_device_host_concurrent_gb
-        del memory_limit_options, use_ocdbt, use_zarr3, use_compression, multiprocessing_options, type_handler_registry
-        del handler_impl, pytree_metadata_options, array_metadata_validator, enable_pinned_host_transfer
-        del is_prioritized_key_fn
+        del memory_limit_options, multiprocessing_options, type_handler_registry, handler_impl, pytree_metadata_options
+        del array_metadata_validator, enable_pinned_host_transfer, is_prioritized_key_fn
+        self._writer_options = format_options(ocdbt=use_ocdbt, zarr3=use_zarr3, compression=use_compression)
 
     def to_item(self, args: a.PyTreeSave) -> TreeItem[Any]:
         """Say what is saved; raises a `ValueError` that lists all leaves that cannot be."""
-        item = cast_by(_present(args.item), args.save_args)
-        return TreeItem(item, self.typestr(), args.custom_metadata)
+        options = dict(self._writer_options)
+        if args.ocdbt_target_data_file_size is not None:
+            options["target_file_bytes"] = args.ocdbt_target_data_file_size
+        return saved_by(_present(args.item), args.save_args, self.typestr(), args.custom_metadata, options)
 
     def save(
         self,
@@ -299,11 +315,10 @@ class BasePyTreeCheckpointHandler(PyTreeCheckpointHandler):
         enable_pinned_host_transfer: bool | None = None,
         is_prioritized_key_fn: Any = None,
     ) -> None:
-        super().__init__()
+        super().__init__(use_ocdbt=use_ocdbt, use_zarr3=use_zarr3, use_compression=use_compression)
         del save_concurrent_bytes, restore_concurrent_bytes, save_device_host_concurrent_bytes, memory_limit_options
-        del use_ocdbt, use_zarr3, use_compression, multiprocessing_options, type_handler_registry
-        del enable_post_merge_validation, pytree_metadata_options, array_metadata_validator
-        del enable_pinned_host_transfer, is_prioritized_key_fn
+        del multiprocessing_options, type_handler_registry, enable_post_merge_validation, pytree_metadata_options
+        del array_metadata_validator, enable_pinned_host_transfer, is_prioritized_key_fn
 
     def get_param_names(self, item: Any) -> Any:
         """Return a tree of the same structure with each leaf's path, joined by dots, in its place."""
@@ -345,7 +360,7 @@ class ArrayCheckpointHandler(_EngineLeaf):
         item = _present(args.item)
         if not jtu.all_leaves([item]) or isinstance(item, str | bytes):
             raise UnsupportedLeafError(f"cannot save a {type(item).__name__}: it is neither an array nor a number")
-        return TreeItem(cast_by(item, args.save_args), self.typestr())
+        return saved_by(item, args.save_args, self.typestr())
 
     def restore(
         self,

@@ -18,7 +18,7 @@ from milepost.settings import Broadcast, Settings, StorageRule
 from milepost.v1 import options as o
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from types import TracebackType
 
 __all__ = ["Context", "current_context", "current_settings"]
@@ -224,6 +224,7 @@ class Context:
             directory_mode=self.file.path_permission_mode,
             commit=_commit(self.atomicity.mode),
             trash=self.deletion.gcs_deletion_options.todelete_full_path,
+            array_format=_array_format(saving),
             storage=_storage_rule(saving.storage_options),
             scoped_storage=_scoped(saving.scoped_storage_options_creator),
             copy_host_arrays=memory.deepcopy_host_arrays,
@@ -301,6 +302,19 @@ def _broadcast(options: o.ArrayOptions.Loading.LoadAndBroadcastOptions) -> Broad
         limit=_positive("broadcast_memory_limit_bytes", options.broadcast_memory_limit_bytes),
         scale=options.broadcast_memory_scaling_factor,
     )
+
+
+def _array_format(saving: o.ArrayOptions.Saving) -> Mapping[str, Any]:
+    """Return what is said of the format in words of the array writer; what is left at its default says nothing."""
+    said: dict[str, Any] = {}
+    if not saving.use_ocdbt:
+        said["ocdbt"] = False
+    if not saving.use_zarr3:
+        said["zarr_format"] = 2
+    if not saving.use_compression:
+        said["compression"] = "none"
+    size = _positive("ocdbt_target_data_file_size", saving.ocdbt_target_data_file_size)
+    return said if size is None else {**said, "target_file_bytes": size}
 
 
 def _scoped(

@@ -103,8 +103,9 @@ def _check_free(url: str) -> None:
 
 
 def _check_writer(url: str) -> None:
-    route = resolve(url, writing=True)
-    if isinstance(installed().arrays(route.arrays)(**route.arrays_options), CompletesCheckpoints):
+    plugins = installed()
+    route = resolve(url, plugins, writing=True)
+    if isinstance(plugins.arrays(route.arrays)(**route.arrays_options), CompletesCheckpoints):
         raise noted(
             ConfigError(f"cannot save a part of {url!r}: files of the array writer {route.arrays!r} cannot be joined"),
             'configure another for it, such as arrays = "safetensors", and convert the whole with `milepost cp`',

@@ -10,10 +10,10 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from milepost.engine.background import Background
-from milepost.engine.items import OwnItem, TreeItem
+from milepost.engine.items import OwnItem, TreeItem, Wish
 from milepost.engine.saving import Save, SaveRequest
 from milepost.errors import RequestError, noted
-from milepost.settings import applied
+from milepost.settings import StorageRule, applied
 from milepost.v1._context import current_settings
 from milepost.v1._looking import located
 from milepost.v1._phases import TwoPhases
@@ -67,7 +67,7 @@ def check_name(name: object, what: str = "save") -> str:
 def tree_item(name: str, state: Any) -> dict[str, TreeItem[Any] | OwnItem]:
     """Return one tree to save, whatever its leaves are: the engine says what is wrong with them."""
     check_value(name, state)
-    return {name: TreeItem(_stored_as(state, current_settings()))}
+    return {name: _tree_item(state, current_settings())}
 
 
 def items_of(checkpointables: Mapping[str, Any]) -> dict[str, TreeItem[Any] | OwnItem]:
@@ -99,10 +99,10 @@ def _item(name: str, value: Any) -> TreeItem[Any] | OwnItem:
     handler = handler_for_saving(settings.registry or global_registry(), name, value)
     if handler is None:
         if _has_leaves_of_its_own(value):
-            return TreeItem(_stored_as(value, settings))  # the engine lists the leaves that cannot be saved
+            return _tree_item(value, settings)  # the engine lists the leaves that cannot be saved
         raise no_handler(name, value)
     if type(handler) is PyTreeHandler:
-        return TreeItem(_stored_as(value, settings))
+        return _tree_item(value, settings)
 
     def begin(folder: Path) -> Callable[[], object]:
         from upath import UPath
@@ -120,18 +120,30 @@ def _has_leaves_of_its_own(value: Any) -> bool:
     return not jtu.all_leaves([value])
 
 
-def _stored_as(tree: Any, settings: Settings) -> Any:
-    if settings.storage.dtype is None and settings.scoped_storage is None:
-        return tree
+def _tree_item(tree: Any, settings: Settings) -> TreeItem[Any]:
+    if settings.scoped_storage is None and settings.storage == StorageRule():
+        return TreeItem(tree, options=settings.array_format)
+    import jax
+
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    rules = [settings.storage_of(path, leaf) for path, leaf in flat]
+    leaves = [_cast(leaf, rule.dtype) for (_, leaf), rule in zip(flat, rules, strict=True)]
+    cast = jax.tree_util.tree_unflatten(treedef, leaves)
+    return TreeItem(cast, options=settings.array_format, wishes=[_wish(rule) for rule in rules])
+
+
+def _cast(leaf: Any, dtype: Any) -> Any:
     import jax
     import numpy as np
 
-    def cast(path: tuple[Any, ...], leaf: Any) -> Any:
-        dtype = settings.storage_of(path, leaf).dtype
-        arrays = isinstance(leaf, jax.Array | np.ndarray) and isinstance(leaf.dtype, np.dtype)
-        return leaf if dtype is None or not arrays else leaf.astype(dtype)
+    arrays = isinstance(leaf, jax.Array | np.ndarray) and isinstance(leaf.dtype, np.dtype)
+    return leaf if dtype is None or not arrays else leaf.astype(dtype)
 
-    return jax.tree_util.tree_map_with_path(cast, tree)
+
+def _wish(rule: StorageRule) -> Wish | None:
+    if rule.chunk_bytes is None and not rule.shard_axes:
+        return None
+    return Wish(rule.chunk_bytes, tuple(rule.shard_axes or ()))
 
 
 def prepare(
@@ -164,7 +176,7 @@ def begin_nested(path: UPath, tree: Any, context: Context | None) -> Pending[obj
     """Save a tree in the background, as one phase of a larger save; the tree may change when this returns."""
     settings = current_settings() if context is None else context.settings()
     url = located(path)
-    started = Save(SaveRequest(url, {"state": TreeItem(_stored_as(tree, settings))}))
+    started = Save(SaveRequest(url, {"state": _tree_item(tree, settings)}))
     with applied(settings, url):
         snapshot = started.prepare(lasting=True)
     pending: Pending[object] = Background().start(started.finish, f"the save of {str(path)!r}")

@@ -164,9 +164,9 @@ class ArrayOptions(Options):
         """How arrays are written.
 
         `storage_options` hold for every array, those that `scoped_storage_options_creator` returns for one array are
-        stronger, field by field. Where the array writer divides arrays by itself, the options that say how have no
-        effect: kept for the TensorStore writer are `use_ocdbt`, `use_zarr3`, `use_compression`,
-        `ocdbt_target_data_file_size` (bytes) and `enable_post_merge_validation`. No effect at all have
+        stronger, field by field. The route says which array writer writes; one that knows these formats takes
+        `use_ocdbt`, `use_zarr3`, `use_compression` and `ocdbt_target_data_file_size` (bytes) where they differ from
+        their defaults, before what the route says. No effect have `enable_post_merge_validation`,
         `enable_pinned_host_transfer`, the options of replica-parallel writing (replicas always share the work),
         `enable_write_sharding_file` (shardings are always noted) and `array_metadata_store` (the manifest is it).
         """
@@ -176,8 +176,8 @@ class ArrayOptions(Options):
             """How one array is stored.
 
             `dtype` is what arrays are cast to before they are written; Python's numbers and random keys stay what they
-            are. `chunk_byte_size` (bytes) bounds the chunks, and `shard_axes` are the axes divided first; both are kept
-            for writers that store chunks.
+            are. `chunk_byte_size` (bytes) bounds the chunks, and `shard_axes` are the axes divided first, by writers
+            that store chunks.
             """
 
             dtype: np.typing.DTypeLike | None = None

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["child_memory", "child_steps", "child_times", "main"]
 
-ONE_ROUND = {("W3", "orbax")}
+ONE_ROUND = {("W3", "orbax"), ("W3", "orbax uncompressed"), ("W3", "zarr"), ("W3", "milepost zarr")}
 """What takes most of a minute each time, and is far beyond the noise: measured once."""
 
 Samples = dict[str, list[float]]

@@ -20,7 +20,17 @@ __all__ = ["render"]
 
 MIB = 1 << 20
 BUDGET_MIB = 64
-ORDER = ("raw", "orbax", "safetensors", "milepost", "milepost sync")
+ORDER = (
+    "raw",
+    "orbax",
+    "orbax uncompressed",
+    "safetensors",
+    "zarr",
+    "milepost",
+    "milepost sync",
+    "milepost tensorstore",
+    "milepost zarr",
+)
 
 Results = dict[str, Any]
 
@@ -70,8 +80,15 @@ Rendered by `benchmarks/run.py` from one run; what is measured, and how, is in `
 
 
 def _targets(results: Results) -> str:
-    rows = [target.row() for target in (*_save_targets(results), *_load_targets(results), *_other_targets(results))]
+    rows = [target.row() for target in _all_targets(results)]
     return "\n".join(["## Targets", "", "| | target | measured | |", "|---|---|---|---|", *rows, ""])
+
+
+def _all_targets(results: Results) -> Iterator[Target]:
+    yield from _save_targets(results)
+    yield from _load_targets(results)
+    yield from _tensorstore_targets(results)
+    yield from _other_targets(results)
 
 
 def _save_targets(results: Results) -> Iterator[Target]:
@@ -99,6 +116,20 @@ def _load_targets(results: Results) -> Iterator[Target]:
         yield Target(f"load {name} verified, faster than Orbax", limit, value, least=True)
     mapped = ratio("W1", "milepost load mapped", "raw load")
     yield Target("load W1 mapped and not verified, beside raw read", 0.1, mapped)
+
+
+def _tensorstore_targets(results: Results) -> Iterator[Target]:
+    ours = "milepost tensorstore"
+    for verb, end in (("save", "durable"), ("load", "load")):
+        for name in ("W1", "W2"):
+            times = results["times"].get(name)
+            ratios = [_ratio(times, f"{ours} {end}", f"{other} {end}") for other in ("orbax", "orbax uncompressed")]
+            measured = [ratio for ratio in ratios if ratio is not None]
+            text = f"{verb} {name} in Orbax's format, beside the best of Orbax"
+            yield Target(text, 1, max(measured) if len(measured) == len(ratios) else None)
+        for name, limit in (("W4", 5), ("W3", 10)):
+            faster = _ratio(results["times"].get(name), f"orbax {end}", f"{ours} {end}")
+            yield Target(f"{verb} {name} in Orbax's format, faster than Orbax", limit, faster, least=True)
 
 
 def _other_targets(results: Results) -> Iterator[Target]:

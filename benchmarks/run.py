@@ -32,10 +32,10 @@ __all__ = ["main"]
 
 HERE = Path(__file__).parent
 MEMORY_WORKLOADS = ("W1", "W2", "W5")
-MEMORY_LIBRARIES = ("orbax", "safetensors", "milepost")
+MEMORY_LIBRARIES = ("orbax", "safetensors", "milepost", "milepost tensorstore", "milepost zarr")
 STEP_WORKLOADS = ("W1", "W2")
 STEP_LIBRARIES = ("orbax", "milepost")
-VERSIONS = ("milepost-core", "jax", "jaxlib", "numpy", "orbax-checkpoint", "tensorstore", "safetensors")
+VERSIONS = ("milepost-core", "jax", "jaxlib", "numpy", "orbax-checkpoint", "tensorstore", "safetensors", "zarr")
 IN_MEMORY = ("tmpfs", "ramfs")
 
 

@@ -13,12 +13,14 @@ nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.error_on_missing_interpreters = True
 nox.options.reuse_venv = "yes"
-nox.options.sessions = ["lint", "types", "imports", "tests", "digits", "docs"]
+nox.options.sessions = ["lint", "types", "imports", "tests", "torch", "digits", "docs"]
 
-PACKAGES = ("-e", "./core", "-e", "./backends/posix", "-e", "./plugins/safetensors", "-e", ".[cli]")
+FOLDERS = ("./core", "./backends/posix", "./plugins/safetensors", "./plugins/tensorstore", "./plugins/zarr", ".[all]")
+PACKAGES = tuple(word for folder in FOLDERS for word in ("-e", folder))
+MODULES = ("milepost", "milepost_posix", "milepost_safetensors", "milepost_tensorstore", "milepost_zarr")
 GROUPS = {
     name: nox.project.dependency_groups(nox.project.load_toml("pyproject.toml"), name)
-    for name in ("benchmark", "docs", "example", "lint", "test", "types")
+    for name in ("benchmark", "docs", "example", "lint", "test", "torch", "types")
 }
 
 
@@ -36,9 +38,8 @@ def types(session: nox.Session) -> None:
     session.install(*PACKAGES, *GROUPS["types"])
     session.run("mypy")
     session.run("pyright")
-    session.run("pyright", "--verifytypes", "milepost", "--ignoreexternal")
-    session.run("pyright", "--verifytypes", "milepost_posix", "--ignoreexternal")
-    session.run("pyright", "--verifytypes", "milepost_safetensors", "--ignoreexternal")
+    for module in MODULES:
+        session.run("pyright", "--verifytypes", module, "--ignoreexternal")
 
 
 @nox.session
@@ -55,18 +56,25 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", "--numprocesses=auto", "--maxprocesses=8", *session.posargs)
 
 
+@nox.session
+def torch(session: nox.Session) -> None:
+    """Run the tests that need PyTorch, some gigabytes of it."""
+    session.install(*PACKAGES, *GROUPS["torch"])
+    session.run("pytest", "-m", "torch", "tests/safetensors/test_torch.py", *session.posargs)
+
+
 @nox.session(python=["3.11", "3.12", "3.13"])
 def matrix(session: nox.Session) -> None:
     """Run the tests on every Python that milepost supports; what a crash leaves behind does not depend on it."""
     session.install(*PACKAGES, *GROUPS["test"])
-    session.run("pytest", "--numprocesses=auto", "--maxprocesses=8", "-m", "not gcc", *session.posargs)
+    session.run("pytest", "--numprocesses=auto", "--maxprocesses=8", "-m", "not gcc and not torch", *session.posargs)
 
 
 @nox.session(python="3.11", venv_backend="uv")
 def minimums(session: nox.Session) -> None:
     """Run the tests with the oldest of everything that the packages say they work with; no crashes here either."""
     session.install("--resolution=lowest-direct", "-e", "./core[cli,jax]", *PACKAGES, *GROUPS["test"])
-    session.run("pytest", "--numprocesses=auto", "--maxprocesses=8", "-m", "not gcc", *session.posargs)
+    session.run("pytest", "--numprocesses=auto", "--maxprocesses=8", "-m", "not gcc and not torch", *session.posargs)
 
 
 @nox.session

@@ -24,8 +24,8 @@ WITH_JAX = {
     f"milepost.{name}"
     for name in (
         "trees",
-        *(f"engine.{one}" for one in ("arriving", "loading", "placing", "saving")),
-        *(f"v1.{one}" for one in ("_loading", "_parts", "_saving")),
+        *(f"engine.{one}" for one in ("arriving", "loading", "placing")),
+        *(f"v1.{one}" for one in ("_loading", "_parts")),
     )
 }
 """The modules that take trees apart and put them together: the first save or load imports them."""

@@ -28,6 +28,7 @@ __all__ = [
     "JaxArrayHandler",
     "NumpyArrayHandler",
     "NumpyScalarHandler",
+    "PlaceholderHandler",
     "PythonScalarHandler",
     "StrHandler",
     "register_leaf_handlers",
@@ -44,6 +45,7 @@ def register_leaf_handlers(register: RegisterLeafHandler) -> None:
         register(PythonScalarHandler(cls))
     for handler in (StrHandler(), BytesHandler(), NumpyScalarHandler(), NumpyArrayHandler(), JaxArrayHandler()):
         register(handler)
+    register(PlaceholderHandler())
 
 
 def _exactly(leaf: Any, *classes: type) -> None:
@@ -237,6 +239,28 @@ class JaxArrayHandler:
         if json.get("weak_type") and array.shape == ():
             return _weak(array)
         return array
+
+
+class PlaceholderHandler:
+    """The place of a leaf that the reference was told not to save, which comes back as `...`; it is never saved."""
+
+    @property
+    def name(self) -> str:
+        """`placeholder`."""
+        return "placeholder"
+
+    @property
+    def types(self) -> tuple[type, ...]:
+        """No types: a placeholder in a tree to save is most likely forgotten there."""
+        return ()
+
+    def take_apart(self, leaf: Any) -> Parts:
+        """Refuse."""
+        raise ValueError(f"{leaf!r} is no value")
+
+    def put_together(self, json: Mapping[str, Json], arrays: Mapping[str, Any]) -> Any:  # noqa: ARG002 - the protocol's
+        """Return `...`."""
+        return ...
 
 
 @functools.cache

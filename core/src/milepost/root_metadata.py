@@ -53,6 +53,9 @@ def read_root_metadata(root: str) -> RootMetadata | None:
     """Return what was noted for all steps below a root; None if nothing was, `DamagedError` if it cannot be read."""
     found = read_document(urls.join(root, _PLACES[0]))
     if found is not None:
-        return RootMetadata(found.get("internal_metadata") or {}, found.get("custom_metadata") or {})
+        custom = found.get("custom_metadata")
+        if custom is None and found.keys() == {"custom"}:
+            custom = found["custom"]  # the name it had from 0.10 to 0.11.2 of the reference
+        return RootMetadata(found.get("internal_metadata") or {}, custom or {})
     found = read_document(urls.join(root, _PLACES[1]))
     return None if found is None else RootMetadata(custom_metadata=found)

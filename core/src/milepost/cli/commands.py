@@ -16,7 +16,9 @@ import typer
 from milepost import plugins as plugins_module
 from milepost.attempts import DAY
 from milepost.cli.answers import BAD_NEWS, FINE, Answer, answering
+from milepost.cli.copying import cp
 from milepost.cli.describing import item_document, manifest_document, row_cells, rows, utc
+from milepost.cli.exporting import export, import_
 from milepost.cli.printing import size_text
 from milepost.cli.verdicts import verified
 from milepost.engine import sweeping
@@ -60,8 +62,9 @@ def build() -> typer.Typer:
         no_args_is_help=True,
     )
     app.callback()(_about)
-    for body in (ls, show, verify, explain, plugins, sweep):
+    for body in (ls, show, verify, cp, export, explain, plugins, sweep):
         app.command()(answering(body))
+    app.command("import")(answering(import_))
     return app
 
 

@@ -23,7 +23,7 @@ from milepost.urls import join, locate
 if TYPE_CHECKING:
     from milepost.cli.printing import Page
 
-__all__ = ["verified"]
+__all__ = ["Started", "progress_bars", "verified"]
 
 _TRIES = 3
 _STATES = {FINE: "intact", BAD_NEWS: "damaged", TROUBLE: "not read"}
@@ -92,7 +92,7 @@ def _file_document(report: FileReport) -> dict[str, Any]:
 
 def verified(paths: Sequence[str]) -> Answer:
     """Verify the checkpoints at some paths, and those below the paths where there is none."""
-    with _progress() as progress:
+    with progress_bars() as progress:
         verdicts = [_verdict(url, progress) for path in paths for url in _checkpoints_at(path)]
 
     def shown(page: Page) -> None:
@@ -116,7 +116,7 @@ def _checkpoints_at(path: str) -> list[str]:
     return [url]
 
 
-def _verdict(url: str, progress: _Started) -> _Verdict:
+def _verdict(url: str, progress: Started) -> _Verdict:
     try:
         checkpoint, reports = _read(url, progress)
         for _ in range(_TRIES - 1):
@@ -130,18 +130,19 @@ def _verdict(url: str, progress: _Started) -> _Verdict:
         return _Verdict(url, error=error)
 
 
-def _read(url: str, progress: _Started) -> tuple[Checkpoint, list[FileReport]]:
+def _read(url: str, progress: Started) -> tuple[Checkpoint, list[FileReport]]:
     checkpoint = open_checkpoint(url)
     advance = progress(checkpoint.route.name, checkpoint.manifest.data_bytes)
     return checkpoint, list(verify_files(checkpoint, threads=checkpoint.route.threads, progress=advance))
 
 
-_Started = Callable[[str, int], Callable[[int], object]]
+Started = Callable[[str, int], Callable[[int], object]]
 """Called with a name and a number of bytes to come; returns what is called with the bytes that came."""
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[_Started]:
+def progress_bars() -> Iterator[Started]:
+    """Draw a bar for whatever is started inside the `with` block, where stderr is a terminal."""
     if not sys.stderr.isatty():
         yield lambda _name, _total: lambda _bytes: None
         return

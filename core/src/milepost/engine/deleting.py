@@ -6,20 +6,25 @@ off leaves nothing that can be found and not be read, and calling it again compl
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from typing import TYPE_CHECKING
 
 from milepost import manifest as manifests
+from milepost.attempts import parse_attempt
 from milepost.engine.reading import Checkpoint, find, open_checkpoint
 from milepost.errors import (
     AlreadyExistsError,
     CheckpointNotFoundError,
+    DamagedError,
+    InvalidLayoutError,
     ItemNotFoundError,
     RequestError,
     noted,
 )
 from milepost.hookspecs import CheckpointEvent
+from milepost.manifest import is_manifest
 from milepost.plugins import Plugins, installed
 from milepost.protocols import COMMIT_OBJECT, ReplacesObjects
 from milepost.routes import OpenRoute, open_route, resolve
@@ -46,15 +51,38 @@ def delete(path: str | os.PathLike[str], *, missing_ok: bool = False, plugins: P
     began = time.perf_counter()
     route = open_route(resolve(path, plugins), plugins)
     try:
-        find(route)
+        foreign = not is_manifest(find(route)[1])
     except CheckpointNotFoundError:
         route.commit.delete(route.storage, route.route.name)  # what a deletion that was cut off left behind
         if missing_ok:
             return False
         raise
+    except InvalidLayoutError:
+        _mark_foreign(route, plugins)
+        foreign = True
     route.commit.delete(route.storage, route.route.name)
+    if foreign:
+        _delete_foreign(route)
     plugins.tell("deleted", CheckpointEvent(route.route.url, seconds={"delete": time.perf_counter() - began}))
     return True
+
+
+def _mark_foreign(route: OpenRoute, plugins: Plugins) -> None:
+    """Give a checkpoint that others laid out without a commit object one, which goes first when it is deleted.
+
+    Raises `InvalidLayoutError` for what no installed layout knows.
+    """
+    with contextlib.suppress(DamagedError):
+        open_checkpoint(route.route.url, plugins)
+    route.storage.write(f"{route.route.name}/{COMMIT_OBJECT}", [b"recognised as a checkpoint, to be deleted"])
+
+
+def _delete_foreign(route: OpenRoute) -> None:
+    """Delete what a strategy leaves of a checkpoint that it did not write; attempts of ours are its own."""
+    prefix = f"{route.route.name}/"
+    for child in list(route.storage.children(prefix)):
+        if parse_attempt(child.removesuffix("/")) is None:
+            route.storage.delete(f"{prefix}{child}")
 
 
 def delete_item(

@@ -13,6 +13,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from milepost import urls
+from milepost.attempts import parse_attempt
 from milepost.errors import (
     CheckpointNotFoundError,
     InvalidLayoutError,
@@ -43,13 +44,15 @@ _HINTS = ("checkpoints of Orbax are read by a package of their own: pip install 
 class Checkpoint:
     """A checkpoint that exists: where it is, how to read it, and what it says about itself.
 
-    `prefix` is the prefix of its files in the storage, with a slash at the end.
+    `prefix` is the prefix of its files in the storage, with a slash at the end. The manifest of a `foreign` one is what
+    a layout made of it; it does not list all files.
     """
 
     route: Route
     storage: Storage
     prefix: str
     manifest: Manifest
+    foreign: bool = False
 
     @property
     def url(self) -> str:
@@ -84,7 +87,7 @@ def _open(opened: OpenRoute, plugins: Plugins) -> Checkpoint:
         manifest = None if _STAGING in route.name or _is_within_ours(route) else _foreign(opened, plugins, error)
         if manifest is None:
             raise
-        return Checkpoint(route, storage, f"{route.name}/", manifest)
+        return Checkpoint(route, storage, f"{route.name}/", manifest, foreign=True)
 
 
 class _NotOursError(InvalidLayoutError):
@@ -95,6 +98,8 @@ def _foreign(opened: OpenRoute, plugins: Plugins, error: InvalidLayoutError) -> 
     """Ask the installed layouts; what hinders one of them is noted at the error that is raised if none knows it."""
     prefix, storage = f"{opened.route.name}/", opened.storage
     names = _names(storage, prefix)
+    if any(parse_attempt(child.removesuffix("/")) for child in names):
+        return None  # an attempt of ours that was not committed, whatever its files look like
     for claim in plugins.claims(LAYOUTS):
         try:
             layout: Layout = plugins.layout(claim.name)()

@@ -3,7 +3,8 @@
 The rule: the manifest says of every file how large it is and what its checksum is, and nothing else is trusted; every
 byte is read. A damaged file is told apart from one that could not be read: only the former is known to be bad. Which
 leaves lie in damaged bytes is for the array writer to say: each array is read alone, and the files it asked for are
-noted. No JAX here.
+noted. Of what others laid out nobody listed the files: its arrays are read, and what their format checks is checked. No
+JAX here.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from milepost.protocols import (
 from milepost.structure import leaf_names, leaf_paths, show_path
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from milepost.engine.reading import Checkpoint
@@ -92,13 +93,18 @@ def verify(
                 yield leaves.read_in(report)
             else:
                 yield report
+    if checkpoint.foreign:
+        yield from leaves.of_unlisted_files()
 
 
 def strangers(checkpoint: Checkpoint) -> list[str]:
     """Return what is within a checkpoint and not in its manifest: files, and folders with a slash at the end.
 
-    What commit strategies keep beside the data, and the data of other attempts, is not counted.
+    What commit strategies keep beside the data, and the data of other attempts, is not counted; nor is anything in a
+    checkpoint that others laid out.
     """
+    if checkpoint.foreign:
+        return []
     manifest = checkpoint.manifest
     files = {file.path for file in manifest.files} | {COMMIT_OBJECT}
     inside = {item.prefix for item in manifest.items.values()}
@@ -197,6 +203,18 @@ class _Leaves:
             return report
         return dataclasses.replace(report, problem=f"arrays in it are damaged: {found[0].error}", leaves=_names(found))
 
+    def of_unlisted_files(self) -> Iterator[FileReport]:
+        """Read the arrays of items of which no file is listed, and report on each item as if it were a file."""
+        manifest = self._checkpoint.manifest
+        for name, item in manifest.items.items():
+            arrays = [array for leaf in item.leaves for array in leaf["arrays"].values()]
+            if not arrays or any(file.path.startswith(item.prefix) for file in manifest.files):
+                continue
+            size = sum(math.prod(array.shape) * _itemsize(array) for array in arrays)
+            found = self._of(name, item)
+            problem = f"arrays are damaged: {found[0].error}" if found else None
+            yield FileReport(item.prefix or "./", size, problem, _names(found))
+
     def _concerned(self, path: str) -> list[_Damaged]:
         items = self._checkpoint.manifest.items
         found = (one for name, item in items.items() if path.startswith(item.prefix) for one in self._of(name, item))
@@ -206,7 +224,9 @@ class _Leaves:
     def _of(self, name: str, item: Item) -> list[_Damaged]:
         if name not in self._found:
             io = self._plugins.arrays(item.writer)()
-            self._found[name] = list(self._damaged(name, item, io))
+            # Together first: to open the arrays one by one takes long, and is needed only to say which are damaged.
+            fine = self._failure(item, io, list(_requests(item)), self._checkpoint.storage) is None
+            self._found[name] = [] if fine else list(self._damaged(name, item, io))
         return self._found[name]
 
     def _damaged(self, item_name: str, item: Item, io: ArrayIO) -> Iterator[_Damaged]:
@@ -214,20 +234,26 @@ class _Leaves:
         for path, name, leaf in zip(paths, leaf_names(paths), item.leaves, strict=True):
             for part, array in leaf["arrays"].items():
                 watched = _watching(self._checkpoint.storage)
-                error = self._failure(item, io, f"{name}~.{part}" if part else name, array, watched)
+                requests = [ReadRequest(f"{name}~.{part}" if part else name, box) for box in _boxes(array)]
+                error = self._failure(item, io, requests, watched)
                 if error is not None:
                     yield _Damaged(LeafName(item_name, show_path(path)), error, frozenset(watched.touched))
 
-    def _failure(self, item: Item, io: ArrayIO, name: str, array: ArrayLeaf, watched: _Watched) -> Exception | None:
+    def _failure(self, item: Item, io: ArrayIO, requests: Sequence[ReadRequest], storage: Storage) -> Exception | None:
         prefix = f"{self._checkpoint.prefix}{item.prefix}"
-        location = Location(watched, prefix, f"{watched.url}/{prefix}")
+        location = Location(storage, prefix, f"{storage.url}/{prefix}")
         try:
-            for box in _boxes(array):
-                for _ in io.read(location, item.records, [ReadRequest(name, box)], self._options):
-                    pass  # dropped as it comes
+            for _ in io.read(location, item.records, requests, self._options):
+                pass  # dropped as it comes
         except Exception as error:  # noqa: BLE001 - a writer may fail in any way on bytes and records that are damaged
             return error
         return None
+
+
+def _requests(item: Item) -> Iterator[ReadRequest]:
+    for name, leaf in zip(leaf_names(list(leaf_paths(item.structure))), item.leaves, strict=True):
+        for part, array in leaf["arrays"].items():
+            yield from (ReadRequest(f"{name}~.{part}" if part else name, box) for box in _boxes(array))
 
 
 def _names(found: Iterable[_Damaged]) -> tuple[LeafName, ...]:
@@ -235,12 +261,16 @@ def _names(found: Iterable[_Damaged]) -> tuple[LeafName, ...]:
 
 
 def _boxes(array: ArrayLeaf) -> Iterator[Box | None]:
-    known = known_dtypes().get(array.dtype)
-    itemsize = _MOST_BYTES if known is None else known.itemsize
+    itemsize = _itemsize(array)
     if math.prod(array.shape) * itemsize <= _HELD:
         yield None
     else:
         yield from _halved(Box((0,) * len(array.shape), array.shape), _HELD // itemsize)
+
+
+def _itemsize(array: ArrayLeaf) -> int:
+    known = known_dtypes().get(array.dtype)
+    return _MOST_BYTES if known is None else known.itemsize
 
 
 def _halved(box: Box, most: int) -> Iterator[Box]:

@@ -68,8 +68,9 @@ def step_metadata(manifest: Manifest) -> StepMetadata:
     return StepMetadata(
         item_handlers={name: item.handler for name, item in manifest.items.items()},
         metrics={} if metrics is None else metrics,
-        init_timestamp_nsecs=manifest.init_timestamp_nsecs,
-        commit_timestamp_nsecs=manifest.commit_timestamp_nsecs,
+        performance_metrics=dict(manifest.written_by.get("performance_metrics") or {}),
+        init_timestamp_nsecs=manifest.init_timestamp_nsecs or None,  # a foreign layout may not know
+        commit_timestamp_nsecs=manifest.commit_timestamp_nsecs or None,
         custom_metadata=dict(custom or {}),
     )
 

@@ -25,9 +25,19 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 from milepost import urls
 from milepost.attempts import DAY, fate, new_attempt, parse_attempt, place
-from milepost.errors import AlreadyExistsError, ConfigError, DamagedError, NotFoundError, StorageError, noted
+from milepost.errors import (
+    AlreadyExistsError,
+    ConfigError,
+    DamagedError,
+    InvalidLayoutError,
+    NotFoundError,
+    PluginError,
+    StorageError,
+    noted,
+)
 from milepost.manifest import decode, is_manifest
 from milepost.names import is_temporary, parse_temporary, temporary_name
+from milepost.plugins import LAYOUTS, installed
 from milepost.protocols import COMMIT_OBJECT, CreatesOnly, RenamesPrefixes
 
 if TYPE_CHECKING:
@@ -35,7 +45,7 @@ if TYPE_CHECKING:
 
     from upath import UPath
 
-    from milepost.protocols import CommitStrategy, Storage
+    from milepost.protocols import CommitStrategy, Layout, Storage
 
 __all__ = ["PathLike", "Root", "as_path", "open_root", "open_root_of", "timestamps"]
 
@@ -84,13 +94,17 @@ class Root:
             size = min(2 * size, _BATCH)
 
     def checkpoints(self, names: Iterable[str]) -> Iterator[str]:
-        """Yield those of some folders that hold a commit object, or can be read in its place, several looks at once."""
+        """Yield those of some folders that hold a commit object, or can be read without, several looks at once.
+
+        Without it can be read what an overwrite was about to replace, and what an installed layout knows.
+        """
         wanted = list(names)
         found = set(self._marked(wanted)) if wanted else set()
         rest = set(wanted) - found
         if rest:
             unfinished = {one.final for one in map(parse_temporary, self._children()) if one is not None}
             found |= {name for name in rest & unfinished if self._is_recoverable(name)}
+            found |= {name for name in rest - found if not is_temporary(name) and self._is_foreign(name)}
         yield from (name for name in wanted if name in found)
 
     def move(self, name: str, folder: str) -> None:
@@ -196,6 +210,23 @@ class Root:
     def _is_recoverable(self, name: str) -> bool:
         with _nowhere():
             return self.strategy.recover(self.storage, name) is not None
+        return False
+
+    def _is_foreign(self, name: str) -> bool:
+        """Say whether a folder without a commit object is a checkpoint that others laid out in their own way."""
+        prefix, names = f"{name}/", sorted(self.storage.children(f"{name}/"))
+        if not names or any(parse_attempt(child.removesuffix("/")) for child in names):
+            return False
+        plugins = installed()
+        for claim in plugins.claims(LAYOUTS):
+            try:
+                layout: Layout = plugins.layout(claim.name)()
+                if layout.read(self.storage, prefix, names) is not None:
+                    return True
+            except DamagedError:
+                return True  # it is one: whoever loads it will be told what is wrong with it
+            except (InvalidLayoutError, PluginError):
+                continue
         return False
 
     def _holds_commit_object(self, name: str) -> bool:

@@ -53,6 +53,9 @@ def opened(path: PathLike) -> Checkpoint:
 def tree_name(checkpoint: Checkpoint, name: str | None) -> str:
     """Return which item a name means, which must be a tree."""
     items = checkpoint.manifest.items
+    if name is None and len(items) == 1:
+        ((only, item),) = items.items()
+        name = None if item.prefix.endswith(f"{only}/") else only  # its files are not in a folder of its name
     if name is None:
         raise noted(
             InvalidLayoutError(f"cannot load {checkpoint.url!r} as a flat tree: its items have names"),
@@ -120,8 +123,8 @@ def of_checkpoint(checkpoint: Checkpoint, metadata: Any) -> CheckpointMetadata[A
     return CheckpointMetadata(
         UPath(checkpoint.url.removeprefix("file://")),
         metadata=metadata,
-        init_timestamp_nsecs=manifest.init_timestamp_nsecs,
-        commit_timestamp_nsecs=manifest.commit_timestamp_nsecs,
+        init_timestamp_nsecs=manifest.init_timestamp_nsecs or None,  # a foreign layout may not know
+        commit_timestamp_nsecs=manifest.commit_timestamp_nsecs or None,
         custom_metadata=custom,
     )
 

@@ -7,6 +7,7 @@ makes a whole file unreadable; every other dtype is stored as bytes, with one mo
 from __future__ import annotations
 
 import functools
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ml_dtypes
@@ -14,11 +15,11 @@ import numpy as np
 from milepost.errors import UnsupportedLeafError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from milepost.protocols import ArraySpec
 
-__all__ = ["Kind", "check", "kind"]
+__all__ = ["CODES", "Kind", "check", "kind"]
 
 _CODES = {
     "bool": "BOOL",
@@ -42,6 +43,14 @@ _AS_BYTES = (
     *("float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn", "float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz"),
     *("float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"),
 )
+
+
+CODES: Mapping[str, str] = MappingProxyType(
+    {code: name for name, code in _CODES.items()}
+    | {"C64": "complex64", "F8_E8M0": "float8_e8m0fnu"}
+    | {"F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz"}
+)
+"""The dtype by its code in a file, those codes included that only newer releases of safetensors write."""
 
 
 class Kind(NamedTuple):

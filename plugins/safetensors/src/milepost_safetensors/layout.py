@@ -28,6 +28,7 @@ __all__ = [
     "ALIGN",
     "BLOCK",
     "SMALL",
+    "TENSORS",
     "Blocks",
     "Slot",
     "blocks",
@@ -47,7 +48,9 @@ SMALL = 64 << 10
 
 _TINY = 4 << 10
 _LANE = 16 << 20
-_TENSORS = 200_000  # readers of the format refuse headers of 100 MB
+TENSORS = 200_000
+"""The most pieces in a file: readers of the format refuse headers of 100 MB."""
+
 _PADDING = "__padding__"
 _ESCAPED = "__escaped__"
 _RESERVED = ("__metadata__", _PADDING, _ESCAPED)
@@ -152,7 +155,7 @@ def lanes(slots: Iterable[Slot], most: int) -> list[list[Slot]]:
     """
     ordered = sorted(slots, key=_rank)
     total = sum(slot.nbytes for slot in ordered)
-    count = max(min(most, total // _LANE), -(-len(ordered) // _TENSORS))
+    count = max(min(most, total // _LANE), -(-len(ordered) // TENSORS))
     if count <= 1:
         return [ordered] if ordered else []
     result: list[list[Slot]] = [[] for _ in range(count)]

@@ -20,12 +20,11 @@ from milepost.errors import ChecksumError, MismatchError, MissingDataError, NotF
 from milepost.protocols import Box, MapsFiles, ReadsInto
 
 from milepost_safetensors.layout import ALIGN, BLOCK, SMALL, intersect, spans, uncovered
-from milepost_safetensors.record import parse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from milepost.protocols import Array, Json, Location, ReadOptions, ReadRequest
+    from milepost.protocols import Array, Location, ReadOptions, ReadRequest
 
     from milepost_safetensors.record import Entry, Stored
 
@@ -70,16 +69,18 @@ _Done: TypeAlias = "queue.SimpleQueue[tuple[list[_Wanted], BaseException | None]
 
 
 def read(
-    location: Location, records: Sequence[Json], requests: Sequence[ReadRequest], options: ReadOptions
+    location: Location, entries: Mapping[str, Entry], requests: Sequence[ReadRequest], options: ReadOptions
 ) -> Iterator[tuple[int, Array]]:
-    """Check records, requests and the sizes of files; return an iterator over what is read then."""
-    entries = parse(records)
+    """Check requests and the sizes of files; return an iterator over what is read then.
+
+    The files may be others': a piece without checksums is not checked, and may lie anywhere.
+    """
     wanted = [_resolve(index, request, entries) for index, request in enumerate(requests)]
     wanted.sort(key=lambda one: (one.parts[0][0].file.name, one.parts[0][0].offset) if one.parts else ("", 0))
     return _Reader(location, options, wanted).stream(wanted)
 
 
-def _resolve(index: int, request: ReadRequest, entries: dict[str, Entry]) -> _Wanted:
+def _resolve(index: int, request: ReadRequest, entries: Mapping[str, Entry]) -> _Wanted:
     entry = entries.get(request.name)
     if entry is None:
         raise MissingDataError(f"array {request.name!r} is in none of the packed files")
@@ -191,7 +192,8 @@ class _Reader:
                 if one.out is not None:
                     one.region(part)[...] = _region(view, part, piece.box)
                 else:
-                    one.out = view.copy() if number else view  # each caller owns what it gets
+                    # Each caller owns what it gets, and only files of others hold items where no processor likes them.
+                    one.out = view.copy() if number or not view.flags.aligned else view
 
     # --- blocks of large pieces ---
 
@@ -206,7 +208,7 @@ class _Reader:
     def _read_block(self, piece: Stored, number: int, users: _Users) -> None:
         frame, (start, stop) = piece.cut.box(number, piece.box), piece.cut.span(number)
         shares = [(one.region(common), common) for one, part in users if (common := intersect(part, frame))]
-        if self._options.verify:
+        if self._options.verify and piece.sums:
             self._read_shares(piece, number, shares, [(0, stop - start)])
             return
         for region, part in shares:
@@ -247,6 +249,8 @@ class _Reader:
         given = self._given.setdefault((piece.file.name, piece.offset), [])
         if stop - start != one.nbytes or any(start < high and low < stop for low, high in given):
             return False
+        if (piece.offset + start) % one.entry.kind.dtype.alignment:
+            return False
         given.append((start, stop))
         data = self._mapping(piece)
         one.out = np.ndarray(one.box.shape, one.entry.kind.dtype, data, piece.offset + start)
@@ -285,6 +289,8 @@ class _Reader:
             raise self._cut_short(piece, start + got)
 
     def _check(self, piece: Stored, number: int, data: memoryview) -> None:
+        if not piece.sums:
+            return
         found, saved = xxhash.xxh3_64_hexdigest(data), piece.sums[16 * number : 16 * number + 16]
         if found != saved:
             at = piece.offset + piece.cut.span(number)[0]

@@ -142,23 +142,15 @@ class Step:
     def _read(self) -> tuple[dt.datetime, Any]:
         if self._known is None:
             try:
-                manifest = open_checkpoint(self.url).manifest
+                manifest = open_checkpoint(self.url, foreign=False).manifest
             except InvalidLayoutError:
                 self._known = _of_the_reference(self)
             else:
-                self._known = _committed(self, manifest), from_stored(manifest.metrics)
+                self._known = _utc(manifest.commit_timestamp_nsecs), from_stored(manifest.metrics)
         return self._known
 
     def __repr__(self) -> str:
         return f"Step({self.step}, {self.url!r})"
-
-
-def _committed(step: Step, manifest: Manifest) -> dt.datetime:
-    """Return when a step was committed, of one of the reference's that does not say it, when its folder was changed."""
-    from milepost.path.step import Metadata
-
-    nsecs = manifest.commit_timestamp_nsecs
-    return _utc(nsecs) if nsecs else Metadata(step.step, step.path).commit_timestamp
 
 
 def _utc(nsecs: int) -> dt.datetime:

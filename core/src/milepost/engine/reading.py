@@ -69,22 +69,26 @@ class Entry:
     error: Exception | None = None
 
 
-def open_checkpoint(path: str | os.PathLike[str], plugins: Plugins | None = None) -> Checkpoint:
-    """Open the checkpoint at a path or URL.
+def open_checkpoint(
+    path: str | os.PathLike[str], plugins: Plugins | None = None, *, foreign: bool = True
+) -> Checkpoint:
+    """Open the checkpoint at a path or URL; without `foreign`, only one of ours.
 
     Raises `CheckpointNotFoundError`, or `InvalidLayoutError` saying what is there instead, or `DamagedError`.
     """
     plugins = plugins or installed()
-    return _open(open_route(resolve(path, plugins), plugins), plugins)
+    return _open(open_route(resolve(path, plugins), plugins), plugins, foreign=foreign)
 
 
-def _open(opened: OpenRoute, plugins: Plugins) -> Checkpoint:
+def _open(opened: OpenRoute, plugins: Plugins, *, foreign: bool) -> Checkpoint:
     route, storage = opened.route, opened.storage
     try:
         prefix, body = find(opened)
         return Checkpoint(route, storage, prefix, read_manifest(route, body))
     except _NotOursError as error:
-        manifest = None if _STAGING in route.name or _is_within_ours(route) else _foreign(opened, plugins, error)
+        if not foreign or _STAGING in route.name or _is_within_ours(route):
+            raise
+        manifest = _foreign(opened, plugins, error)
         if manifest is None:
             raise
         return Checkpoint(route, storage, f"{route.name}/", manifest, foreign=True)

@@ -45,7 +45,8 @@ def checked(options: dict[str, Any]) -> Settings:
     _demand(zarr_format in (2, 3) and type(zarr_format) is int, "zarr_format", zarr_format, "2 or 3")
     _demand(type(ocdbt) is bool, "ocdbt", ocdbt, "true or false")
     compression, level = options.get("compression"), options.get("compression_level")
-    _demand(compression in (None, "zstd"), "compression", compression, '"zstd", or not given')
+    _demand(compression in (None, "none", "zstd"), "compression", compression, '"none" or "zstd"')
+    compression = None if compression == "none" else compression
     _demand(level is None or compression is not None, "compression_level", level, "left out without compression")
     level = _LEVELS[zarr_format] if level is None else level
     _demand(type(level) is int and -7 <= level <= 22, "compression_level", level, "from -7 to 22")  # noqa: PLR2004 zstd's

@@ -124,8 +124,11 @@ def test_consolidated_metadata_are_those_of_the_parts(tmp_path):
     there = {path.parent.relative_to(root).as_posix(): path for path in root.rglob("zarr.json")}
     assert there.keys() - {"."} == inside.keys()
     for path, document in inside.items():
-        document.pop("consolidated_metadata", None)
-        assert json.loads(there[path].read_bytes()) == document
+        alone = json.loads(there[path].read_bytes())
+        # Of groups that are not the root, releases of zarr-python say in different ways that they have none.
+        assert not (document.pop("consolidated_metadata", None) or {}).get("metadata")
+        assert alone.pop("consolidated_metadata", None) is None
+        assert alone == document
 
 
 def test_xarray_opens_a_checkpoint(tmp_path):

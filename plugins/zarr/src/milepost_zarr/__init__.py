@@ -1,12 +1,15 @@
 """The Zarr writer: every item of a checkpoint is one plain Zarr v3 group, open to every reader of Zarr.
 
 The rule: the files are those of the published format and nothing else; what milepost needs beyond them stands in the
-record that `write` returns. They are made here, chunk by chunk, on whatever storage the checkpoint is on; zarr-python
-is how others read them, and what the tests hold them to. docs/how-to/read-with-zarr-and-xarray.md describes the result.
+record that `write` returns. zarr-python writes them, on whatever storage the checkpoint is on. They are read here,
+because zarr-python puts the fill value where a file is gone, and bounds no memory.
+docs/how-to/read-with-zarr-and-xarray.md describes the result.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,10 +20,12 @@ from milepost_zarr import dtypes, grid, metadata, reading, record, writing
 from milepost_zarr.codecs import CODECS, Codec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 
     from milepost.hookspecs import RegisterArrays
     from milepost.protocols import Array, ArraySpec, Json, Location, Piece, ReadOptions, ReadRequest, WriteOptions
+
+    from milepost_zarr.store import GroupStore
 
 __all__ = ["ZarrArrays", "register_arrays"]
 
@@ -43,7 +48,7 @@ class ZarrArrays:
         compression: Literal["none", "zstd", "blosc"] = "none",
         level: int | None = None,
         chunk_bytes: int = 1 << 20,
-        shard_bytes: int = 1 << 25,
+        shard_bytes: int = 1 << 24,
     ) -> None:
         if compression not in CODECS:
             raise ConfigError(f"zarr has no compression {compression!r}: it has {', '.join(map(repr, CODECS))}")
@@ -64,30 +69,22 @@ class ZarrArrays:
     def create(self, location: Location, specs: Sequence[ArraySpec]) -> None:
         """Write the metadata of all arrays and groups; refuse dtypes that cannot be written."""
         dtypes.check(specs)
-        documents = metadata.documents([(spec, self._cut(spec)) for spec in specs], self._codec)
-
-        def store(path: str) -> None:
-            key = f"{location.prefix}{path}/{metadata.DOCUMENT}" if path else f"{location.prefix}{metadata.DOCUMENT}"
-            location.storage.write(key, [metadata.encoded(documents[path])])
-
-        with ThreadPoolExecutor(_WRITERS, thread_name_prefix="milepost-zarr-create") as pool:
-            for _ in pool.map(store, documents):
-                pass
+        arrays = [(spec, self._cut(spec)) for spec in specs]
+        _describe(location, lambda store: metadata.make_group(store, arrays, self._codec))
 
     def write(self, location: Location, pieces: Sequence[Piece], options: WriteOptions) -> Json:
         """Write this host's pieces durably; return how their arrays are cut."""
         dtypes.check(piece.spec for piece in pieces)
         specs = {piece.spec.name: (piece.spec, self._cut(piece.spec)) for piece in pieces}
-        writing.write(location, pieces, lambda piece: specs[piece.spec.name][1], self._codec, options)
+        writing.write(location, pieces, lambda piece: specs[piece.spec.name][1], options)
         return record.make(specs.values(), self._codec)
 
     def complete(self, location: Location, checkpoint: Mapping[str, Any]) -> None:
         """Add the small values of each item, and what the caller noted, to the attributes of its group."""
         for item in checkpoint["items"].values():
             if item["writer"]:
-                key = f"{location.prefix}{item['prefix']}{metadata.DOCUMENT}"
-                root = bytes(location.storage.read(key))
-                location.storage.write(key, [metadata.with_attributes(root, item, checkpoint)])
+                place = dataclasses.replace(location, prefix=location.prefix + item["prefix"])
+                _describe(place, functools.partial(metadata.set_attributes, item=item, checkpoint=checkpoint))
 
     def read(
         self, location: Location, records: Sequence[Json], requests: Sequence[ReadRequest], options: ReadOptions
@@ -108,6 +105,20 @@ class ZarrArrays:
         found = dtypes.kind(spec.dtype)
         assert found is not None  # noqa: S101 checked just before
         return grid.cut(spec, found.itemsize, self._chunk_bytes, self._shard_bytes)
+
+
+def _describe(location: Location, act: Callable[[GroupStore], Coroutine[Any, Any, None]]) -> None:
+    """Let zarr-python make documents, then write them."""
+    import asyncio
+
+    from milepost_zarr.store import GroupStore
+
+    store = GroupStore(location)
+    with ThreadPoolExecutor(_WRITERS, thread_name_prefix="milepost-zarr-create") as pool:
+        # Not in the caller's thread, which may run an event loop.
+        pool.submit(lambda: asyncio.run(act(store))).result()
+        for _ in pool.map(store.flush, store.documents):
+            pass
 
 
 def _is_count(value: object, lowest: int, highest: int | None) -> bool:

@@ -12,12 +12,12 @@ import struct
 from typing import TYPE_CHECKING, Any, Final
 
 import google_crc32c
-import numpy as np
 
 if TYPE_CHECKING:
-    from milepost.protocols import Array, Json
+    from milepost.protocols import Array
+    from zarr.abc.codec import BytesBytesCodec
 
-__all__ = ["CODECS", "SUM", "Codec", "as_bytes", "checksum"]
+__all__ = ["CODECS", "SUM", "Codec", "checksum"]
 
 SUM: Final = 4
 """Bytes of a checksum."""
@@ -36,11 +36,6 @@ def checksum(data: Array) -> bytes:
     return int(found).to_bytes(SUM, "little")
 
 
-def as_bytes(array: Array) -> Array:
-    """Return a contiguous array as bytes, without a copy."""
-    return array.reshape(-1).view(np.uint8)
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class Codec:
     """A compression and its level."""
@@ -48,35 +43,16 @@ class Codec:
     name: str = "none"
     level: int = 0
 
-    def documents(self, stored: np.dtype[Any]) -> list[Json]:
-        """Return what Zarr's metadata says of chunks of a dtype."""
-        plain: dict[str, Json] = {"name": "bytes"}
-        if stored.itemsize > 1:
-            plain["configuration"] = {"endian": "little"}
-        found: list[Json] = [plain]
-        if self.name == "zstd":
-            found.append({"name": "zstd", "configuration": {"level": self.level, "checksum": False}})
-        elif self.name == "blosc":
-            shuffle: dict[str, Json] = {
-                "typesize": stored.itemsize,
-                "cname": "zstd",
-                "clevel": self.level,
-                "shuffle": "shuffle",
-            }
-            found.append({"name": "blosc", "configuration": {**shuffle, "blocksize": 0}})
-        return [*found, {"name": "crc32c"}]
+    def compressors(self) -> list[BytesBytesCodec]:
+        """Return what zarr-python is to make of the bytes of a chunk."""
+        from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
-    def encode(self, chunk: Array) -> Array:
-        """Return the bytes of a contiguous chunk."""
-        if self.name == "zstd":
-            from numcodecs.zstd import Zstd
-
-            return np.frombuffer(Zstd(self.level).encode(as_bytes(chunk)), np.uint8)
-        if self.name == "blosc":
-            from numcodecs.blosc import Blosc
-
-            return np.frombuffer(Blosc("zstd", self.level, Blosc.SHUFFLE).encode(chunk.reshape(-1)), np.uint8)
-        return as_bytes(chunk)
+        packed: dict[str, list[BytesBytesCodec]] = {
+            "none": [],
+            "zstd": [ZstdCodec(level=self.level)],
+            "blosc": [BloscCodec(cname="zstd", clevel=self.level, shuffle="shuffle")],
+        }
+        return [*packed[self.name], Crc32cCodec()]
 
     def decode(self, data: Array, into: Array) -> None:
         """Unpack bytes into as many as are wanted; raise `ValueError` where they cannot be what this codec made."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from milepost.protocols import ArraySpec
 
-__all__ = ["Grid", "cut", "intersect"]
+__all__ = ["Grid", "cut", "file_key", "intersect"]
 
 _RUN = 1024
 """Bytes along the last axis below which it is not cut: shorter runs are slow to copy."""
@@ -93,6 +93,15 @@ def _touched(box: Box, unit: tuple[int, ...]) -> list[range]:
 
 def _clipped(start: tuple[int, ...], shape: tuple[int, ...], within: tuple[int, ...]) -> Box:
     return Box(start, tuple(min(n, most - a) for a, n, most in zip(start, shape, within, strict=True)))
+
+
+def file_key(prefix: str, path: str, index: tuple[int, ...]) -> str:
+    """Return the key of a file of an array.
+
+    >>> file_key("7/state/", "params/w", (0, 3)), file_key("", "b", ())
+    ('7/state/params/w/c.0.3', 'b/c')
+    """
+    return f"{prefix}{path}/{'.'.join(['c', *map(str, index)])}"
 
 
 def intersect(one: Box, other: Box) -> Box | None:

@@ -1,113 +1,125 @@
-"""What the metadata of a group says: `zarr.json` of every array and group, all of them again in that of the root.
+"""How zarr-python is told what a group holds: its arrays, the groups they are in, and values that are no arrays.
 
-The rule: the documents are those that zarr-python writes for the same arrays; dimensions are named after their array,
-because xarray demands names, and that those of one name be of one length. What the tree holds besides arrays stands in
-the attributes of the root, for people and programs that know nothing of milepost; no load reads it.
+The rule: zarr-python makes every document. Dimensions are named after their array, because xarray demands names, and
+that those of one name be of one length. What the tree holds besides arrays stands in the attributes of the root, for
+people and programs that know nothing of milepost; no load reads it.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from milepost_zarr import naming
-from milepost_zarr.dtypes import Kind, kind
+from milepost_zarr.dtypes import kind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from milepost.protocols import ArraySpec, Json
+    from zarr import AsyncArray
 
     from milepost_zarr.codecs import Codec
     from milepost_zarr.grid import Grid
+    from milepost_zarr.store import GroupStore
 
-__all__ = ["DOCUMENT", "array_document", "documents", "encoded", "with_attributes"]
-
-DOCUMENT = "zarr.json"
+__all__ = ["attributes", "make_group", "open_arrays", "set_attributes"]
 
 _LARGEST = 1 << 63
-_BINARY: list[Json] = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
 
 
-def documents(arrays: Sequence[tuple[ArraySpec, Grid]], codec: Codec) -> dict[str, dict[str, Any]]:
-    """Return the documents of a group by path: its arrays, the groups they are in, and last the root, as ""."""
-    found = {naming.path_of(spec.name): array_document(spec, grid, codec) for spec, grid in arrays}
-    naming.check(found)
-    arrays_at = set(found)
-    for path in sorted(naming.groups(found)):
-        found.setdefault(path, {"attributes": {}, "zarr_format": 3, "node_type": "group"})
-    # An array that stands where a group is hides what is below from readers that list: it is found by its path alone.
-    hidden = {path for path in found if any(above in arrays_at for above in naming.groups([path]))}
-    inside = {path: _consolidated(found[path]) for path in sorted(found) if path not in hidden}
-    found[""] = {
-        "attributes": {},
-        "zarr_format": 3,
-        "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": inside},
-        "node_type": "group",
-    }
+async def make_group(store: GroupStore, arrays: Sequence[tuple[ArraySpec, Grid]], codec: Codec) -> None:
+    """Make the documents of a group: its arrays, the groups they are in, and the root, which has all of them again."""
+    from zarr.api import asynchronous as zarr
+
+    paths = {naming.path_of(spec.name): (spec, grid) for spec, grid in arrays}
+    naming.check(paths)
+    hidden = naming.hidden(paths)
+    await zarr.create_group(store=store, zarr_format=3)
+    for path in sorted(paths.keys() - hidden):
+        await _make_array(store, path, *paths[path], codec)
+    with warnings.catch_warnings():
+        # That the specification has no word of it yet: who does not know it reads the documents one by one.
+        warnings.filterwarnings("ignore", "Consolidated metadata is currently not part")
+        await zarr.consolidate_metadata(store, zarr_format=3)
+    for path in sorted(hidden):
+        # Nobody who lists looks below an array, and zarr-python makes nothing there: it is found by its path alone.
+        aside = store.aside()
+        await _make_array(aside, path, *paths[path], codec)
+        store.adopt(aside)
+
+
+async def open_arrays(store: GroupStore, names: Iterable[str]) -> dict[str, AsyncArray[Any]]:
+    """Return arrays of a group that was made, by name, ready to be written."""
+    from zarr import AsyncArray
+    from zarr.api import asynchronous as zarr
+
+    store.fetch(naming.DOCUMENT)
+    group = await zarr.open_group(store, mode="r+", zarr_format=3)
+    found: dict[str, AsyncArray[Any]] = {}
+    for name in names:
+        path = naming.path_of(name)
+        try:
+            node = await group.getitem(path)
+        except KeyError:
+            store.fetch(f"{path}/{naming.DOCUMENT}")
+            node = await zarr.open_array(store=store, path=path, zarr_format=3)
+        assert isinstance(node, AsyncArray)  # noqa: S101 nothing but arrays was asked for
+        # A chunk of zeros must be there, too: to milepost, one that is not there is lost.
+        found[name] = AsyncArray(node.metadata, node.store_path, config={"write_empty_chunks": True})
     return found
 
 
-def _consolidated(document: dict[str, Any]) -> dict[str, Any]:
-    if document["node_type"] == "array":
-        return document
-    empty = {"kind": "inline", "must_understand": False, "metadata": {}}
-    return {**document, "consolidated_metadata": empty}
+async def _make_array(store: GroupStore, path: str, spec: ArraySpec, grid: Grid, codec: Codec) -> None:
+    """Make the document of an array, and of the groups it is in."""
+    from zarr.api import asynchronous as zarr
 
-
-def array_document(spec: ArraySpec, grid: Grid, codec: Codec) -> dict[str, Any]:
-    """Return the document of an array."""
     found = kind(spec.dtype)
     assert found is not None  # noqa: S101 checked for all arrays at once, for one error that names them all
-    path = naming.path_of(spec.name)
-    attributes = {} if found.native else {"milepost_dtype": spec.dtype}
+    attributes: dict[str, Any] = {} if found.native else {"milepost_dtype": spec.dtype}
     if path != spec.name:
         attributes["milepost_name"] = spec.name
-    codecs = codec.documents(found.stored)
-    if grid.sharded:
-        inner: dict[str, Json] = {"chunk_shape": list(grid.chunk), "codecs": codecs}
-        inner |= {"index_codecs": _BINARY, "index_location": "end"}
-        codecs = [{"name": "sharding_indexed", "configuration": inner}]
-    return {
-        "shape": list(grid.shape),
-        "data_type": found.stored.name,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(grid.file)}},
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-        "fill_value": _fill(found),
-        "codecs": codecs,
-        "attributes": attributes,
-        "dimension_names": [f"{path}:{axis}" for axis in range(len(grid.shape))],
-        "zarr_format": 3,
-        "node_type": "array",
-        "storage_transformers": [],
-    }
-
-
-def _fill(found: Kind) -> Json:
-    zero: Json = found.stored.type(0).item() if found.stored.kind != "c" else [0.0, 0.0]
-    return zero
-
-
-def encoded(document: Mapping[str, Any]) -> bytes:
-    """Return a document as it is stored."""
-    return json.dumps(document, separators=(",", ":"), allow_nan=False).encode("ascii")
+    await zarr.create_array(
+        store,
+        name=path,
+        shape=grid.shape,
+        dtype=found.stored,
+        chunks=grid.chunk,
+        shards=grid.file if grid.sharded else None,
+        filters=None,
+        compressors=codec.compressors(),
+        fill_value=found.stored.type(0),
+        zarr_format=3,
+        attributes=attributes,
+        # With dots, not slashes: every folder that need not be made is one that need not be made durable.
+        chunk_key_encoding={"name": "default", "separator": "."},
+        dimension_names=[f"{path}:{axis}" for axis in range(len(grid.shape))],
+    )
 
 
 # --- what is no array ------------------------------------------------------------------------------------------------
 
 
-def with_attributes(root: bytes, item: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> bytes:
-    """Return the root's document with an item's small values, by path, and what the caller noted, as attributes."""
-    document = json.loads(root)
-    attributes = dict(_values(item["structure"], item["leaves"]))
+async def set_attributes(store: GroupStore, item: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None:
+    """Add an item's small values, by path, and what the caller noted, to the root's document."""
+    from zarr.api import asynchronous as zarr
+
+    store.fetch(naming.DOCUMENT)
+    group = await zarr.open_group(store, mode="r+", zarr_format=3)
+    await group.update_attributes(attributes(item, checkpoint))
+
+
+def attributes(item: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> dict[str, Json]:
+    """Return an item's small values, by path, and what the caller noted."""
     noted = {
         "milepost_custom_metadata": checkpoint.get("custom_metadata"),
         "milepost_item_metadata": item.get("custom_metadata"),
         "milepost_metrics": checkpoint.get("metrics"),
     }
-    document["attributes"] = attributes | {key: value for key, value in noted.items() if value is not None}
-    return encoded(document)
+    values = dict(_values(item["structure"], item["leaves"]))
+    return values | {key: value for key, value in noted.items() if value is not None}
 
 
 def _values(structure: Any, leaves: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Json]]:

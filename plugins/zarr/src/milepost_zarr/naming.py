@@ -17,7 +17,10 @@ from milepost.protocols import COMMIT_OBJECT
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["check", "groups", "path_of"]
+__all__ = ["DOCUMENT", "check", "hidden", "path_of"]
+
+DOCUMENT = "zarr.json"
+"""What describes an array or a group, below its path."""
 
 _LONGEST = 200
 """Bytes of one part of a path: file systems end at 255, and some storages add a suffix while they write."""
@@ -25,7 +28,7 @@ _LONGEST = 200
 _KEPT = 120
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]")
 _FILE = re.compile(r"c(\.\d+)*(/|$)")
-_TAKEN = frozenset({"zarr.json", ".zarray", ".zattrs", ".zgroup", ".zmetadata", COMMIT_OBJECT, "begun"})
+_TAKEN = frozenset({DOCUMENT, ".zarray", ".zattrs", ".zgroup", ".zmetadata", COMMIT_OBJECT, "begun"})
 
 
 def path_of(name: str) -> str:
@@ -56,13 +59,14 @@ def _escaped(character: str) -> str:
     return "".join(f"~x{byte:02x}" for byte in character.encode(errors="surrogatepass"))
 
 
-def groups(paths: Iterable[str]) -> set[str]:
-    """Return the paths of all groups that the arrays are in, without the root's.
+def hidden(paths: Iterable[str]) -> set[str]:
+    """Return the paths that are below another.
 
-    >>> sorted(groups(["a/b/c", "d"]))
-    ['a', 'a/b']
+    >>> sorted(hidden(["a", "a/b/c", "d/e"]))
+    ['a/b/c']
     """
-    return {above for path in paths for above in _above(path)}
+    known = set(paths)
+    return {path for path in known if not known.isdisjoint(_above(path))}
 
 
 def _above(path: str) -> Iterator[str]:

@@ -21,9 +21,8 @@ from milepost.errors import ChecksumError, MismatchError, MissingDataError, NotF
 from milepost.protocols import Box, ReadsInto
 
 from milepost_zarr.codecs import SUM, checksum
-from milepost_zarr.grid import intersect
+from milepost_zarr.grid import file_key, intersect
 from milepost_zarr.record import Entry, parse
-from milepost_zarr.writing import ABSENT, INDEX, file_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,6 +30,12 @@ if TYPE_CHECKING:
     from milepost.protocols import Array, Json, Location, ReadOptions, ReadRequest
 
 __all__ = ["read"]
+
+_ABSENT = (1 << 64) - 1
+"""What an index says, as offset and as length, of a chunk that is not stored."""
+
+_INDEX = np.dtype("<u8")
+"""Offsets and lengths in an index."""
 
 _ALIGN = 64
 _RUN = 4 << 20
@@ -216,8 +221,12 @@ class _Reader:
         if entry.codec.name != "none" and not entry.grid.sharded:
             self._read_packed(entry, key, next(iter(chunks.values())))
             return
-        ranges = self._ranges(entry, key, index, chunks)
-        for run in _runs(ranges, self._run):
+        if entry.grid.sharded:
+            table, end = self._read_index(entry, key)
+            ranges = [(*_range(entry, key, table[at], end), chunk) for at, chunk in chunks.items()]
+        else:
+            ranges = [(0, entry.chunk_bytes + SUM, chunk) for chunk in chunks.values()]
+        for run in _runs(sorted(ranges, key=lambda it: it[0]), self._run):
             self._read_run(entry, key, run)
 
     def _read_packed(self, entry: Entry, key: str, chunk: _Chunk) -> None:
@@ -252,22 +261,6 @@ class _Reader:
         for one, part in chunk.users:
             one.put(part, data, chunk.box.start)
 
-    # --- where chunks are ---
-
-    def _ranges(
-        self, entry: Entry, key: str, index: tuple[int, ...], chunks: dict[tuple[int, ...], _Chunk]
-    ) -> list[tuple[int, int, _Chunk]]:
-        """Return the bytes of each chunk, in the order of the file."""
-        if entry.codec.name != "none":
-            table, end = self._read_index(entry, key)
-            found = [(*_range(entry, key, table[at], end), chunk) for at, chunk in chunks.items()]
-        else:
-            # Chunks of one size stand one after another, so that nobody need be asked where.
-            size, used = entry.chunk_bytes + SUM, entry.grid.used(entry.grid.frame(index))
-            places = ((_rank(at, used) * size, chunk) for at, chunk in chunks.items())
-            found = [(place, place + size, chunk) for place, chunk in places]
-        return sorted(found, key=lambda it: it[0])
-
     def _read_index(self, entry: Entry, key: str) -> tuple[Array, int]:
         try:
             size = self._storage.size(key)
@@ -280,7 +273,7 @@ class _Reader:
         self._fill(entry, key, end, raw)
         if checksum(raw[:-SUM]) != raw[-SUM:].tobytes():
             raise ChecksumError(f"array {entry.name!r} is damaged in file {key!r}: its index is not what was saved")
-        return raw[:-SUM].view(INDEX).reshape(*entry.grid.counts, 2), end
+        return raw[:-SUM].view(_INDEX).reshape(*entry.grid.counts, 2), end
 
     # --- bytes ---
 
@@ -320,25 +313,18 @@ def _is_plain(entry: Entry, one: _Wanted) -> bool:
 
 def _tail(entry: Entry) -> int:
     """Return the bytes of a file's index and its checksum."""
-    return 2 * INDEX.itemsize * math.prod(entry.grid.counts) + SUM if entry.grid.sharded else 0
+    return 2 * _INDEX.itemsize * math.prod(entry.grid.counts) + SUM if entry.grid.sharded else 0
 
 
 def _range(entry: Entry, key: str, row: Array, end: int) -> tuple[int, int]:
     start, length = map(int, row)
-    if start == length == ABSENT:
+    if start == length == _ABSENT:
         raise MissingDataError(f"array {entry.name!r} cannot be read: file {key!r} lacks a chunk of it")
     if not SUM <= length <= entry.codec.most(entry.chunk_bytes) + SUM or start + length > end:
         raise MissingDataError(
             f"array {entry.name!r} cannot be read: the index of file {key!r} speaks of {length} bytes at {start}"
         )
     return start, start + length
-
-
-def _rank(at: tuple[int, ...], counts: tuple[int, ...]) -> int:
-    rank = 0
-    for i, n in zip(at, counts, strict=True):
-        rank = rank * n + i
-    return rank
 
 
 def _runs(ranges: Iterable[tuple[int, int, _Chunk]], most: int) -> Iterator[list[tuple[int, int, _Chunk]]]:

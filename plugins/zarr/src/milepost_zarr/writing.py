@@ -1,8 +1,9 @@
-"""How files of chunks are written: who fetches a piece when, and how its bytes flow.
+"""When pieces are fetched, and how many files are made at once; zarr-python makes them.
 
-The rule: memory stays within the budget by fetching a piece only when its bytes may be held, and by making one chunk
-of a file at a time, as the storage asks for it. Every file belongs to one piece, so that no two threads, and no two
-hosts, write the same one.
+The rule: memory stays within the budget by beginning a file only when there is room for it, and for its piece where
+that must be fetched. A file belongs to one piece and is written whole, so that no two threads, and no two hosts, write
+the same one, and zarr-python need not read what was there. Each thread runs its own event loop: that of zarr-python is
+one for all, where one file would wait for the checksum of another.
 """
 
 from __future__ import annotations
@@ -11,60 +12,65 @@ import itertools
 import math
 import threading
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
-import numpy as np
+from milepost.errors import ConfigError
 from milepost.protocols import Box
 
-from milepost_zarr.codecs import SUM, Codec, as_bytes, checksum
 from milepost_zarr.dtypes import Kind, kind
-from milepost_zarr.naming import path_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    import asyncio
+    from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 
-    from milepost.protocols import Array, Buffer, Location, Piece, WriteOptions
+    from milepost.protocols import Array, Location, Piece, WriteOptions
+    from zarr import AsyncArray
 
     from milepost_zarr.grid import Grid
 
-__all__ = ["ABSENT", "INDEX", "file_key", "write"]
+__all__ = ["write"]
 
-ABSENT = (1 << 64) - 1
-"""What an index says, as offset and as length, of a chunk that is not stored."""
-
-INDEX = np.dtype("<u8")
-"""Offsets and lengths in an index."""
-
-
-def file_key(prefix: str, path: str, index: tuple[int, ...]) -> str:
-    """Return the key of a file of an array.
-
-    >>> file_key("7/state/", "params/w", (0, 3)), file_key("", "b", ())
-    ('7/state/params/w/c.0.3', 'b/c')
-    """
-    # With dots, not slashes: every folder that need not be made is one that need not be made durable.
-    return f"{prefix}{path}/{'.'.join(['c', *map(str, index)])}"
+T = TypeVar("T")
 
 
 class _Part(NamedTuple):
-    """A piece to write: how its array is cut, its own box, and its bytes."""
+    """A piece to write: how its array is cut, its own box, and what memory it takes to hold it and to make a file."""
 
     piece: Piece
     grid: Grid
     kind: Kind
     box: Box
-    nbytes: int
+
+    @property
+    def held(self) -> int:
+        """The bytes that its data take once they are fetched, beyond what is in memory anyway."""
+        return 0 if self.piece.view else math.prod(self.box.shape) * self.kind.itemsize
+
+    @property
+    def made(self) -> int:
+        """The bytes that a file takes while it is made: its chunks, what they are packed into, and the file."""
+        return 3 * math.prod(map(min, self.grid.file, self.box.shape)) * self.kind.itemsize
 
 
-def write(
-    location: Location, pieces: Sequence[Piece], cut: Callable[[Piece], Grid], codec: Codec, options: WriteOptions
-) -> None:
+def write(location: Location, pieces: Sequence[Piece], cut: Callable[[Piece], Grid], options: WriteOptions) -> None:
     """Write every file of every piece."""
     parts = [_part(piece, cut(piece)) for piece in pieces]
     _refuse_twins(parts)
-    work = _Work(location, codec, options)
-    with ThreadPoolExecutor(max(1, options.threads), thread_name_prefix="milepost-zarr-write") as pool:
-        work.run(pool, parts)
+    if not parts:
+        return
+    with (
+        _Loops() as loops,
+        ThreadPoolExecutor(max(1, options.threads), thread_name_prefix="milepost-zarr-write") as pool,
+    ):
+        arrays = pool.submit(loops.run, lambda: _opened(location, parts)).result()
+        _Work(loops, options.budget).run(pool, [_Files(part, arrays[part.piece.spec.name]) for part in parts])
+
+
+async def _opened(location: Location, parts: Iterable[_Part]) -> dict[str, AsyncArray[Any]]:
+    from milepost_zarr.metadata import open_arrays
+    from milepost_zarr.store import GroupStore
+
+    return await open_arrays(GroupStore(location), {part.piece.spec.name: None for part in parts})
 
 
 def _part(piece: Piece, grid: Grid) -> _Part:
@@ -75,7 +81,7 @@ def _part(piece: Piece, grid: Grid) -> _Part:
     for start, n, most, unit in zip(box.start, box.shape, grid.shape, grid.file, strict=True):
         if start % unit or ((start + n) % unit and start + n != most):
             raise ValueError(f"a piece of array {spec.name!r} is no box of whole files of {grid.file}: {box}")
-    return _Part(piece, grid, found, box, math.prod(box.shape) * found.itemsize)
+    return _Part(piece, grid, found, box)
 
 
 def _refuse_twins(parts: Iterable[_Part]) -> None:
@@ -87,137 +93,137 @@ def _refuse_twins(parts: Iterable[_Part]) -> None:
         known.add(key)
 
 
-class _StoppedError(Exception):
-    """Another file failed, so this one is given up."""
+class _Loops:
+    """An event loop for each thread that runs anything."""
+
+    def __init__(self) -> None:
+        self._own = threading.local()
+        self._all: list[asyncio.Runner] = []
+
+    def run(self, act: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run to its end what is to be awaited."""
+        import asyncio
+
+        if not hasattr(self._own, "runner"):
+            # With a factory, nothing outside the runner learns of its loop.
+            self._own.runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+            self._all.append(self._own.runner)
+        result: T = self._own.runner.run(act())
+        return result
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close all loops, which no thread runs any more."""
+        # Not in the caller's thread, which may run an event loop.
+        with ThreadPoolExecutor(1, thread_name_prefix="milepost-zarr-close") as pool:
+            for _ in pool.map(lambda runner: runner.close(), self._all):
+                pass
 
 
 class _Work:
     """One call of `write`."""
 
-    def __init__(self, location: Location, codec: Codec, options: WriteOptions) -> None:
-        self._location, self._codec, self._budget = location, codec, options.budget
-        self._stop = threading.Event()
-        self._held = 0
+    def __init__(self, loops: _Loops, budget: int) -> None:
+        self._loops, self._budget = loops, budget
         self._changed = threading.Condition()
-        self._futures: list[Future[None]] = []
+        self._stopped = False
+        self._held = self._running = 0
 
-    def run(self, pool: ThreadPoolExecutor, parts: Sequence[_Part]) -> None:
-        """Hand pieces to the pool as the budget allows; raise the first error."""
+    def run(self, pool: ThreadPoolExecutor, pieces: Iterable[_Files]) -> None:
+        """Hand files to the pool as the budget allows; raise the first error."""
+        futures: list[Future[None]] = []
         try:
-            for part in parts:
-                if not self._take(part):
+            for files, index, cost in itertools.chain.from_iterable(piece.jobs() for piece in pieces):
+                if not self._take(cost):
                     break
-                self._futures.append(pool.submit(self._guarded, self._start, pool, part))
-            done = 0
-            while done < len(self._futures):  # a piece adds a future for each of its files but the first
-                done = len(self._futures)
-                wait(self._futures, return_when=FIRST_EXCEPTION)
+                futures.append(pool.submit(self._guarded, files, index))
+            wait(futures, return_when=FIRST_EXCEPTION)
         finally:
-            self._stop.set()
-        errors = [error for error in (future.exception() for future in self._futures) if error is not None]
-        for error in sorted(errors, key=lambda error: isinstance(error, _StoppedError)):
+            with self._changed:
+                self._stopped = True
+        for error in filter(None, (future.exception() for future in futures)):
             raise error
 
-    def _take(self, part: _Part) -> bool:
-        """Wait until the bytes of a piece may be held; False once an error stopped everything."""
-        size = 0 if part.piece.view else part.nbytes
+    def _take(self, cost: int) -> bool:
+        """Wait until there is room, or nothing else to wait for; False once an error stopped everything."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stop.is_set() or not self._held or self._held + size <= self._budget)
-            self._held += size
-        return not self._stop.is_set()
+            self._changed.wait_for(
+                lambda: self._stopped or not self._running or self._held + cost <= self._budget,
+            )
+            self._held += cost
+            self._running += 1
+            return not self._stopped
 
-    def _give(self, part: _Part) -> None:
-        with self._changed:
-            self._held -= 0 if part.piece.view else part.nbytes
-            self._changed.notify_all()
-
-    def _guarded(self, act: Callable[..., None], *args: object) -> None:
+    def _guarded(self, files: _Files, index: tuple[int, ...]) -> None:
+        if self._stopped:
+            return
         try:
-            act(*args)
+            freed = files.write(index, self._loops)
         except BaseException:
             with self._changed:
-                self._stop.set()
+                self._stopped = True
                 self._changed.notify_all()
             raise
-
-    def _start(self, pool: ThreadPoolExecutor, part: _Part) -> None:
-        """Fetch a piece and write its first file; leave its other files to whoever is free."""
-        files = _Files(part, self._give)
-        if not files.indices:
-            return
-        for index in files.indices[1:]:
-            self._futures.append(pool.submit(self._guarded, self._write, files, index))
-        self._write(files, files.indices[0])
-
-    def _write(self, files: _Files, index: tuple[int, ...]) -> None:
-        key = file_key(self._location.prefix, path_of(files.name), index)
-        self._location.storage.write(key, self._chunks(files, index))
-        files.done()
-
-    def _chunks(self, files: _Files, index: tuple[int, ...]) -> Iterator[Buffer]:
-        grid, data = files.grid, files.region(index)
-        used = grid.used(grid.frame(index))
-        offset, table = 0, np.full((*grid.counts, 2), ABSENT, INDEX)
-        for at in itertools.product(*map(range, used)):
-            if self._stop.is_set():
-                raise _StoppedError
-            body = self._codec.encode(_chunk(data, at, grid.chunk))
-            yield body.data
-            yield checksum(body)
-            table[at] = offset, len(body) + SUM
-            offset += len(body) + SUM
-        if grid.sharded:
-            raw = as_bytes(table)
-            yield raw.tobytes() + checksum(raw)
+        else:
+            with self._changed:
+                self._held -= freed
+                self._running -= 1
+                self._changed.notify_all()
 
 
 class _Files:
-    """The files of one piece: its data go when the last of them is written."""
+    """The files of one piece: its data come with the first of them and go with the last."""
 
-    def __init__(self, part: _Part, written: Callable[[_Part], None]) -> None:
-        self.name, self.grid = part.piece.spec.name, part.grid
-        self.indices: list[tuple[int, ...]] = list(part.grid.files(part.box))
-        self._start, self._part, self._written = part.box.start, part, written
-        self._left, self._lock = len(self.indices), threading.Lock()
+    def __init__(self, part: _Part, array: AsyncArray[Any]) -> None:
+        self._part, self._array = part, array
+        if (array.shards or array.chunks) != part.grid.file:
+            raise ConfigError(
+                f"array {part.piece.spec.name!r} was created with files of {array.shards or array.chunks}: "
+                f"this host would write files of {part.grid.file}"
+            )
+        self._left = math.prod(-(-n // unit) for n, unit in zip(part.box.shape, part.grid.file, strict=True))
+        self._lock = threading.Lock()
+        self._data: Array | None = None
+
+    def jobs(self) -> Iterator[tuple[_Files, tuple[int, ...], int]]:
+        """Yield every file, and the memory that it takes; the first one also takes what the piece does."""
+        held = self._part.held
+        for index in self._part.grid.files(self._part.box):
+            yield self, index, held + self._part.made
+            held = 0
+
+    def write(self, index: tuple[int, ...], loops: _Loops) -> int:
+        """Write one file; return how many bytes of memory that gives back."""
+        frame = self._part.grid.frame(index)
+        inside = _slices(tuple(a - b for a, b in zip(frame.start, self._part.box.start, strict=True)), frame.shape)
+        data = self._fetched()[(*inside, ...)]
+        loops.run(lambda: self._array.setitem(_slices(frame.start, frame.shape), data))
+        with self._lock:
+            self._left -= 1
+            if self._left:
+                return self._part.made
+            self._data = None
+            return self._part.made + self._part.held
+
+    def _fetched(self) -> Array:
+        with self._lock:
+            if self._data is None:
+                self._data = self._fetch()
+            return self._data
+
+    def _fetch(self) -> Array:
+        part = self._part
         data: Array | None = part.piece.fetch()
         assert data is not None  # noqa: S101 a piece has data
         if data.shape != part.box.shape or data.dtype != part.kind.dtype:
             raise ValueError(
-                f"array {self.name!r} was announced as {part.kind.dtype}{list(part.box.shape)}: "
+                f"array {part.piece.spec.name!r} was announced as {part.kind.dtype}{list(part.box.shape)}: "
                 f"what came is {data.dtype}{list(data.shape)}"
             )
-        self._data: Array | None = data.view(part.kind.stored)
-        if not self.indices:
-            self._finish()
-
-    def region(self, index: tuple[int, ...]) -> Array:
-        """Return the view of a file's part of the piece."""
-        frame = self.grid.frame(index)
-        assert self._data is not None  # noqa: S101 kept until the last file is done
-        sides = zip(frame.start, frame.shape, self._start, strict=True)
-        where: tuple[Any, ...] = (*(slice(at - low, at - low + n) for at, n, low in sides), ...)
-        view: Array = self._data[where]
-        return view
-
-    def done(self) -> None:
-        """Say that one more file is written."""
-        with self._lock:
-            self._left -= 1
-            last = not self._left
-        if last:
-            self._finish()
-
-    def _finish(self) -> None:
-        self._data = None
-        self._written(self._part)
+        return data.view(part.kind.stored)
 
 
-def _chunk(data: Array, at: tuple[int, ...], shape: tuple[int, ...]) -> Array:
-    """Return a chunk of a file, contiguous, padded with zeros where it ends beyond the array."""
-    where: tuple[Any, ...] = (*(slice(i * n, (i + 1) * n) for i, n in zip(at, shape, strict=True)), ...)
-    part: Array = data[where]
-    if part.shape == shape:
-        return np.ascontiguousarray(part).reshape(shape)
-    padded: Array = np.zeros(shape, part.dtype)
-    padded[tuple(slice(n) for n in part.shape)] = part
-    return padded
+def _slices(start: tuple[int, ...], shape: tuple[int, ...]) -> tuple[Any, ...]:
+    return tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))

@@ -13,6 +13,8 @@ import milepost
 import numpy as np
 import pytest
 from milepost import errors
+from milepost.engine.reading import open_checkpoint
+from milepost.plugins import Plugins
 from upath import UPath
 
 STATE = {"a": np.arange(3), "b": 7}
@@ -98,29 +100,68 @@ def folder(path, files):
     return path
 
 
+def without_layouts(path):
+    """Open what is at a path as if no package that reads layouts of others were installed."""
+    return open_checkpoint(path, Plugins(disabled=["orbax", "huggingface"]))
+
+
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        (ORBAX, "checkpoint of Orbax"),
         ({"zarr.json": "{}"}, "Zarr"),
         ({".zgroup": "{}", "a/.zarray": "{}"}, "Zarr"),
-        ({"model.safetensors": ""}, "safetensors"),
         ({"thesis.tex": "", "notes": ""}, "'thesis.tex'"),
+        ({"checkpoint": 'model_checkpoint_path: "model.ckpt-7"'}, "'checkpoint'"),
         ({f"file{number}": "" for number in range(20)}, "..."),
     ],
-    ids=["orbax", "zarr 3", "zarr 2", "safetensors", "something else", "many files"],
+    ids=["zarr 3", "zarr 2", "something else", "another program's", "many files"],
 )
 def test_a_folder_of_something_else_is_called_what_it_is(tmp_path, files, words):
-    said, _ = refused(folder(tmp_path / "7", files), *INVALID)
+    said, notes = refused(folder(tmp_path / "7", files), *INVALID)
     assert words in said
     assert "no commit_success.txt" in said
+    assert "pip install" not in notes
+
+
+@pytest.mark.parametrize(
+    ("files", "words", "package"),
+    [
+        (ORBAX, "checkpoint of Orbax", "milepost-tensorstore"),
+        ({"model.safetensors": ""}, "safetensors", "milepost-safetensors"),
+    ],
+    ids=["orbax", "safetensors"],
+)
+def test_a_layout_that_is_not_installed_is_told_by_its_package(tmp_path, files, words, package):
+    said, notes = refused(folder(tmp_path / "7", files), *INVALID, load=without_layouts)
+    assert words in said
+    assert "no commit_success.txt" in said
+    assert f"pip install {package}" in notes
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (ORBAX, "'tree_metadata' is None"),
+        (ORBAX | {"commit_success.txt": "of another program"}, "'tree_metadata' is None"),
+        ({"model.safetensors": ""}, "its header would have 0 bytes"),
+    ],
+    ids=["orbax", "orbax on gs", "safetensors"],
+)
+def test_what_an_installed_layout_knows_as_its_own_and_cannot_read_is_damaged(tmp_path, files, words):
+    said, notes = refused(folder(tmp_path / "7", files), errors.DamagedError)
+    assert words in said
+    assert "pip install" not in notes
 
 
 def test_a_checkpoint_of_another_program_is_called_so(tmp_path):
     sentence = "Checkpoint commit was successful to gs://bucket/7"
-    said, notes = refused(folder(tmp_path / "7", ORBAX | {"commit_success.txt": sentence}), *INVALID)
+    files = ORBAX | {"commit_success.txt": sentence}
+    said, notes = refused(folder(tmp_path / "7", files), *INVALID, load=without_layouts)
     assert sentence[:40] in said
-    assert "Orbax" in notes
+    assert "pip install milepost-tensorstore" in notes
+    said, notes = refused(folder(tmp_path / "8", {"a": "", "commit_success.txt": sentence}), *INVALID)
+    assert sentence[:40] in said
+    assert "pip install" not in notes
 
 
 def test_a_link_that_leads_nowhere(tmp_path):

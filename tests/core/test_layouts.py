@@ -180,6 +180,24 @@ def test_a_checkpoint_that_is_missing_asks_no_layout(site, heap, monkeypatch):
     assert "bad" not in " ".join(getattr(error.value, "__notes__", ()))
 
 
+def test_a_foreign_checkpoint_is_deleted_only_if_its_layout_is_certain_of_the_folder(heap, piles, monkeypatch):
+    import sys
+
+    from milepost.engine.deleting import delete
+
+    milepost.load(heap)
+    with pytest.raises(errors.InvalidLayoutError, match="it is of the layout 'heap', and its folder may hold more"):
+        delete(heap, plugins=piles)
+    layout = sys.modules["piles_module"].Heap
+    monkeypatch.setattr(layout, "owns", lambda *_: False, raising=False)
+    with pytest.raises(errors.InvalidLayoutError, match="it is of the layout 'heap'"):
+        delete(heap, plugins=piles)
+    assert milepost.load(heap)["count"] == 7
+    monkeypatch.setattr(layout, "owns", lambda _self, _storage, _prefix, names: "HEAP" in names)
+    assert delete(heap, plugins=piles)
+    assert not heap.exists()
+
+
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 

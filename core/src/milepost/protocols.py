@@ -41,11 +41,13 @@ __all__ = [
     "MapsFiles",
     "NamesDriver",
     "NotesFiles",
+    "OwnsFolders",
     "Parts",
     "Piece",
     "ReadOptions",
     "ReadRequest",
     "ReadsInto",
+    "RecognisesLayout",
     "RenamesPrefixes",
     "ReplacesObjects",
     "Staging",
@@ -463,6 +465,37 @@ class Layout(Protocol):
 
         `names` are the children of the prefix. Nothing of the arrays themselves is read. Raises `DamagedError` for
         what is of this layout and cannot be read, saying what is missing or wrong, by leaf where possible.
+
+        Of a single file `prefix` is that of the folder around it ("" or ends in "/") and `names` has its name alone: a
+        layout of folders returns None then.
+        """
+        ...
+
+
+@runtime_checkable
+class RecognisesLayout(Protocol):
+    """A layout that knows its checkpoints by their names, so that many can be told apart at little cost."""
+
+    def recognises(self, storage: Storage, prefix: str, names: Sequence[str]) -> bool:
+        """Say whether `read` would return a manifest, or raise `DamagedError`, for what is below a prefix.
+
+        Looks at names, and at one small file at most; never at what grows with the number of arrays. Where that does
+        not suffice, as for what is older than its labels, the answer may be False.
+        """
+        ...
+
+
+@runtime_checkable
+class OwnsFolders(Protocol):
+    """A layout whose checkpoints have folders of their own, in which nobody keeps anything else.
+
+    Checkpoints of a layout that does not say so are never deleted: their folders may hold what their user put there.
+    """
+
+    def owns(self, storage: Storage, prefix: str, names: Sequence[str]) -> bool:
+        """Say whether a folder is certain to be a checkpoint of this layout, readable or not, that may be deleted.
+
+        As cheap as `RecognisesLayout.recognises`, and stricter: False wherever it could be something else.
         """
         ...
 

@@ -30,12 +30,11 @@ from milepost import urls
 from milepost.decisions import DecisionContext, SaveCosts
 from milepost.engine.background import Background, Pending
 from milepost.engine.deleting import delete
-from milepost.engine.reading import open_checkpoint
+from milepost.engine.reading import open_ours
 from milepost.errors import (
     AbortedError,
     AlreadyExistsError,
     ConfigError,
-    InvalidLayoutError,
     MilepostError,
     NotFoundError,
     RequestError,
@@ -141,11 +140,11 @@ class Step:
 
     def _read(self) -> tuple[dt.datetime, Any]:
         if self._known is None:
-            try:
-                manifest = open_checkpoint(self.url, foreign=False).manifest
-            except InvalidLayoutError:
+            found = open_ours(self.url)
+            if found is None:
                 self._known = _of_the_reference(self)
             else:
+                manifest = found.manifest
                 self._known = _utc(manifest.commit_timestamp_nsecs), from_stored(manifest.metrics)
         return self._known
 

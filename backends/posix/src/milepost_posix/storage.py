@@ -85,7 +85,7 @@ class PosixStorage:
 
     def folder(self, prefix: str) -> Path:
         """Return the directory of a prefix, whether or not it exists."""
-        return self._path(prefix.removesuffix("/"))
+        return self._path(prefix.removesuffix("/")) if prefix else self._root
 
     def size(self, key: str) -> int:
         """Return the size of a file in bytes."""
@@ -95,7 +95,7 @@ class PosixStorage:
 
     def children(self, prefix: str) -> Iterable[str]:
         """Return the names directly below a prefix; those of directories end in "/"."""
-        path = self.folder(prefix) if prefix else self._root
+        path = self.folder(prefix)
         gone = contextlib.suppress(FileNotFoundError, NotADirectoryError)
         with explained("list", path), gone, os.scandir(path) as entries:
             return [_shown(entry) for entry in entries if not entry.name.startswith(_TEMPORARY)]

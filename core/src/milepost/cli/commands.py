@@ -17,7 +17,7 @@ from milepost import plugins as plugins_module
 from milepost.attempts import DAY
 from milepost.cli.answers import BAD_NEWS, FINE, Answer, answering
 from milepost.cli.copying import cp
-from milepost.cli.describing import item_document, manifest_document, row_cells, rows, utc
+from milepost.cli.describing import checkpoint_bytes, item_document, manifest_document, row_cells, rows, when
 from milepost.cli.exporting import export, import_
 from milepost.cli.printing import size_text
 from milepost.cli.verdicts import verified
@@ -119,8 +119,9 @@ def _entry_document(root: str, entry: Entry) -> dict[str, Any]:
     manifest = entry.manifest
     return {
         **document,
-        "committed": utc(manifest.commit_timestamp_nsecs),
-        "bytes": manifest.data_bytes,
+        "committed": when(manifest.commit_timestamp_nsecs),
+        "layout": entry.layout or "milepost",
+        "bytes": checkpoint_bytes(manifest, entry.layout),
         "items": sorted(manifest.items),
         "leaves": _count_leaves(manifest),
         "error": None,
@@ -135,8 +136,8 @@ def _entry_cells(entry: Entry) -> tuple[object, ...]:
     if entry.manifest is None:
         return entry.name, "unreadable", "", "", entry.error
     manifest = entry.manifest
-    size, names = size_text(manifest.data_bytes), ", ".join(sorted(manifest.items))
-    return entry.name, utc(manifest.commit_timestamp_nsecs), size, _count_leaves(manifest), names
+    size, names = size_text(checkpoint_bytes(manifest, entry.layout)), ", ".join(sorted(manifest.items))
+    return entry.name, when(manifest.commit_timestamp_nsecs) or "?", size, _count_leaves(manifest), names
 
 
 # --- show ------------------------------------------------------------------------------------------------------------
@@ -161,7 +162,7 @@ def show(
         items = dict([choose_item(manifest, item, checkpoint.url)])
     document = {
         "url": checkpoint.url,
-        **manifest_document(manifest),
+        **manifest_document(manifest, checkpoint.layout),
         "items": {name: item_document(one) for name, one in items.items()},
     }
 
@@ -169,7 +170,11 @@ def show(
         _show_head(page, document)
         for name, one in items.items():
             _show_item(page, name, one, document["items"][name], max_leaves)
-        _show_files(page, document["files"], max_leaves)
+        if checkpoint.foreign:
+            page.line()
+            page.line(f"files: laid out by {checkpoint.layout!r}, not listed one by one")
+        else:
+            _show_files(page, document["files"], max_leaves)
 
     return Answer(document, shown)
 
@@ -179,15 +184,27 @@ def _show_head(page: Page, document: dict[str, Any]) -> None:
     by = ", ".join(f"{key} {value}" for key, value in document["written_by"].items())
     page.table(
         [
-            ("committed", f"{document['committed']}, {document['seconds']:.1f} seconds after the save began"),
+            ("committed", _committed_text(document)),
             ("written by", by),
             ("attempt", document["attempt"]),
             ("format", f"version {document['format_version']}"),
-            ("size", f"{size_text(document['bytes'])} in {_counted(len(document['files']), 'file')}"),
+            ("size", _size_text(document)),
             *([("metrics", from_stored(document["metrics"]))] if document["metrics"] else []),
             *([("metadata", document["custom_metadata"])] if document["custom_metadata"] else []),
         ]
     )
+
+
+def _committed_text(document: dict[str, Any]) -> str:
+    if None in (document["committed"], document["began"]) or not document["seconds"]:
+        return document["committed"] or "at an unknown time"
+    return f"{document['committed']}, {document['seconds']:.1f} seconds after the save began"
+
+
+def _size_text(document: dict[str, Any]) -> str:
+    if document["layout"] != "milepost":
+        return f"{size_text(document['bytes'])} of arrays and other items, as they are in memory"
+    return f"{size_text(document['bytes'])} in {_counted(len(document['files']), 'file')}"
 
 
 def _show_item(page: Page, name: str, item: Item, document: dict[str, Any], most: int) -> None:

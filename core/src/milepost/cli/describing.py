@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Row",
     "array_bytes",
+    "checkpoint_bytes",
     "item_document",
     "leaf_bytes",
     "leaf_text",
@@ -30,6 +31,7 @@ __all__ = [
     "rows",
     "sharding_text",
     "utc",
+    "when",
 ]
 
 _VALUE = 60
@@ -54,6 +56,14 @@ def utc(nsecs: int) -> str:
     return f"{dt.datetime.fromtimestamp(nsecs // 10**9, dt.UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
+def when(nsecs: int) -> str | None:
+    """Return what `utc` does; None for 0, by which a layout of others says that nobody knows.
+
+    >>> when(0)
+    """
+    return utc(nsecs) if nsecs else None
+
+
 def array_bytes(array: ArrayLeaf) -> int | None:
     """Return the bytes of an array in memory; None for a dtype that is not known here.
 
@@ -69,6 +79,15 @@ def leaf_bytes(leaf: Mapping[str, Any]) -> int | None:
     """Return the bytes of all arrays of a leaf; None where one of them is not known."""
     sizes = [array_bytes(array) for array in leaf["arrays"].values()]
     return None if None in sizes else sum(size for size in sizes if size is not None)
+
+
+def checkpoint_bytes(manifest: Manifest, layout: str) -> int:
+    """Return the bytes of a checkpoint: of its files; for one that others laid out, of its arrays and unread files."""
+    if not layout:
+        return manifest.data_bytes
+    own = tuple(item.prefix for item in manifest.items.values() if not item.writer)
+    arrays = sum(leaf_bytes(leaf) or 0 for item in manifest.items.values() for leaf in item.leaves)
+    return arrays + sum(file.size for file in manifest.files if file.path.startswith(own))
 
 
 def sharding_text(sharding: Mapping[str, Any]) -> str:
@@ -92,16 +111,17 @@ def sharding_text(sharding: Mapping[str, Any]) -> str:
 # --- documents -------------------------------------------------------------------------------------------------------
 
 
-def manifest_document(manifest: Manifest) -> dict[str, Any]:
-    """Return what a manifest says of the checkpoint as a whole."""
+def manifest_document(manifest: Manifest, layout: str = "") -> dict[str, Any]:
+    """Return what a manifest says of the checkpoint as a whole, or what a layout of others made of it."""
     return {
         "attempt": manifest.attempt,
-        "began": utc(manifest.init_timestamp_nsecs),
-        "committed": utc(manifest.commit_timestamp_nsecs),
+        "began": when(manifest.init_timestamp_nsecs),
+        "committed": when(manifest.commit_timestamp_nsecs),
         "seconds": (manifest.commit_timestamp_nsecs - manifest.init_timestamp_nsecs) / 1e9,
         "written_by": dict(manifest.written_by),
         "format_version": manifest.version,
-        "bytes": manifest.data_bytes,
+        "layout": layout or "milepost",
+        "bytes": checkpoint_bytes(manifest, layout),
         "files": [{"path": file.path, "size": file.size, "checksum": file.checksum} for file in manifest.files],
         "custom_metadata": manifest.custom_metadata,
         "metrics": manifest.metrics,

@@ -1,23 +1,22 @@
 """How a checkpoint, or one item of it, ceases to exist.
 
 The rule: the commit object goes first, or loses the item first, by one write; only then the files. So whatever is cut
-off leaves nothing that can be found and not be read, and calling it again completes it.
+off leaves nothing that can be found and not be read, and calling it again completes it. What others laid out goes only
+if its layout is certain of the whole folder. Where it cannot vanish by one rename, a tombstone is put into it first,
+and taken out last: from then on it is no checkpoint here, whatever is left of it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 from typing import TYPE_CHECKING
 
 from milepost import manifest as manifests
-from milepost.attempts import parse_attempt
-from milepost.engine.reading import Checkpoint, find, open_checkpoint
+from milepost.engine.reading import Checkpoint, exists, find, is_within_ours, open_checkpoint
 from milepost.errors import (
     AlreadyExistsError,
     CheckpointNotFoundError,
-    DamagedError,
     InvalidLayoutError,
     ItemNotFoundError,
     RequestError,
@@ -25,8 +24,10 @@ from milepost.errors import (
 )
 from milepost.hookspecs import CheckpointEvent
 from milepost.manifest import is_manifest
+from milepost.names import is_temporary
+from milepost.path._foreign import TOMBSTONE, erase, owner, recognised
 from milepost.plugins import Plugins, installed
-from milepost.protocols import COMMIT_OBJECT, ReplacesObjects
+from milepost.protocols import COMMIT_OBJECT, RenamesPrefixes, ReplacesObjects
 from milepost.routes import OpenRoute, open_route, resolve
 
 if TYPE_CHECKING:
@@ -34,55 +35,80 @@ if TYPE_CHECKING:
 
     from milepost.manifest import Manifest
 
-__all__ = ["LastItemError", "delete", "delete_item"]
+__all__ = ["LastItemError", "NotOursToDeleteError", "delete", "delete_item"]
 
 
 class LastItemError(RequestError, ValueError):
     """An item that cannot be deleted alone, because nothing would be left of the checkpoint."""
 
 
+class NotOursToDeleteError(InvalidLayoutError):
+    """A checkpoint that others laid out, in a folder that may hold more than it."""
+
+
 def delete(path: str | os.PathLike[str], *, missing_ok: bool = False, plugins: Plugins | None = None) -> bool:
     """Delete a checkpoint, also one that cannot be read any more; say whether there was one.
 
     Raises `CheckpointNotFoundError` if nothing is there, unless `missing_ok`, and `InvalidLayoutError` for what is no
-    checkpoint.
+    checkpoint, or one of others whose folder may hold more than it.
     """
     plugins = plugins or installed()
     began = time.perf_counter()
     route = open_route(resolve(path, plugins), plugins)
     try:
-        foreign = not is_manifest(find(route)[1])
+        ours, missing = is_manifest(find(route, plugins)[1]), None
     except CheckpointNotFoundError:
-        route.commit.delete(route.storage, route.route.name)  # what a deletion that was cut off left behind
+        if not exists(route.storage, route.route.name):
+            route.commit.delete(route.storage, route.route.name)  # what a deletion that was cut off left behind
         if missing_ok:
             return False
         raise
-    except InvalidLayoutError:
-        _mark_foreign(route, plugins)
-        foreign = True
-    route.commit.delete(route.storage, route.route.name)
-    if foreign:
-        _delete_foreign(route)
+    except InvalidLayoutError as error:
+        ours, missing = False, error
+    if ours:
+        route.commit.delete(route.storage, route.route.name)
+    else:
+        _check_owned(route, plugins, missing)
+        _delete_foreign(route, committed=missing is None)
     plugins.tell("deleted", CheckpointEvent(route.route.url, seconds={"delete": time.perf_counter() - began}))
     return True
 
 
-def _mark_foreign(route: OpenRoute, plugins: Plugins) -> None:
-    """Give a checkpoint that others laid out without a commit object one, which goes first when it is deleted.
+def _check_owned(route: OpenRoute, plugins: Plugins, error: InvalidLayoutError | None) -> None:
+    """Raise unless a folder is for certain a checkpoint of a layout, or what is left of one.
 
-    Raises `InvalidLayoutError` for what no installed layout knows.
+    `error` says that it has no commit object, which makes it one even if no layout knows it.
     """
-    with contextlib.suppress(DamagedError):
-        open_checkpoint(route.route.url, plugins)
-    route.storage.write(f"{route.route.name}/{COMMIT_OBJECT}", [b"recognised as a checkpoint, to be deleted"])
+    storage, prefix, what = route.storage, f"{route.route.name}/", f"cannot delete {route.route.url!r}"
+    names = sorted(storage.children(prefix))
+    if TOMBSTONE in names:
+        return
+    layout = recognised(storage, prefix, names, plugins)
+    if error is not None and (layout is None or is_temporary(route.route.name) or is_within_ours(route.route)):
+        raise error
+    if owner(storage, "", sorted(storage.children("")), plugins) is not None:
+        raise NotOursToDeleteError(f"{what}: it is within a checkpoint, of which it is a part") from None
+    if layout is None:
+        return
+    if owner(storage, prefix, names, plugins) is None:
+        raise noted(
+            NotOursToDeleteError(f"{what}: it is of the layout {layout!r}, and its folder may hold more than that"),
+            "if all that is in it may go, remove the folder yourself",
+        ) from None
 
 
-def _delete_foreign(route: OpenRoute) -> None:
-    """Delete what a strategy leaves of a checkpoint that it did not write; attempts of ours are its own."""
-    prefix = f"{route.route.name}/"
-    for child in list(route.storage.children(prefix)):
-        if parse_attempt(child.removesuffix("/")) is None:
-            route.storage.delete(f"{prefix}{child}")
+def _delete_foreign(route: OpenRoute, *, committed: bool) -> None:
+    """Delete what a strategy cannot, or leaves; attempts of ours are its own."""
+    storage, prefix = route.storage, f"{route.route.name}/"
+    renames = RenamesPrefixes in route.commit.needs
+    if not renames:
+        storage.write(f"{prefix}{TOMBSTONE}", [b"this was a checkpoint, and is being deleted"])
+    elif not committed:
+        # Such a strategy makes anything vanish at one instant, as long as it holds a commit object.
+        storage.write(f"{prefix}{COMMIT_OBJECT}", [b"recognised as a checkpoint, to be deleted"])
+    route.commit.delete(storage, route.route.name)
+    if not renames:
+        erase(storage, prefix)
 
 
 def delete_item(
@@ -90,8 +116,8 @@ def delete_item(
 ) -> bool:
     """Delete one item of a checkpoint; say whether there was one.
 
-    Raises `ItemNotFoundError` if the checkpoint has no such item, unless `missing_ok`, and `LastItemError` if it has no
-    other.
+    Raises `ItemNotFoundError` if the checkpoint has no such item, unless `missing_ok`, `LastItemError` if it has no
+    other, and `InvalidLayoutError` for one of others, whose own files would go on naming the item.
     """
     plugins = plugins or installed()
     route = open_route(resolve(path, plugins), plugins)
@@ -105,6 +131,13 @@ def delete_item(
         raise noted(
             LastItemError(f"cannot delete item {item!r} of {checkpoint.url!r}: it is the only one"),
             "delete the checkpoint instead",
+        )
+    if checkpoint.foreign:
+        raise noted(
+            NotOursToDeleteError(
+                f"cannot delete item {item!r} of {checkpoint.url!r}: it is of the layout {checkpoint.layout!r}"
+            ),
+            "delete the whole checkpoint, or copy it with milepost cp and delete the item of the copy",
         )
     gone = checkpoint.manifest.items[item].prefix
     _replace(route, checkpoint, manifests.encode(_without(checkpoint.manifest, item)))

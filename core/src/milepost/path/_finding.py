@@ -29,23 +29,22 @@ from milepost.errors import (
     AlreadyExistsError,
     ConfigError,
     DamagedError,
-    InvalidLayoutError,
     NotFoundError,
-    PluginError,
     StorageError,
     noted,
 )
 from milepost.manifest import decode, is_manifest
 from milepost.names import is_temporary, parse_temporary, temporary_name
-from milepost.plugins import LAYOUTS, installed
+from milepost.path._foreign import TOMBSTONE, erase, recognised
+from milepost.plugins import installed
 from milepost.protocols import COMMIT_OBJECT, CreatesOnly, RenamesPrefixes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from upath import UPath
 
-    from milepost.protocols import CommitStrategy, Layout, Storage
+    from milepost.protocols import CommitStrategy, Storage
 
 __all__ = ["PathLike", "Root", "as_path", "open_root", "open_root_of", "timestamps"]
 
@@ -104,7 +103,7 @@ class Root:
         if rest:
             unfinished = {one.final for one in map(parse_temporary, self._children()) if one is not None}
             found |= {name for name in rest & unfinished if self._is_recoverable(name)}
-            found |= {name for name in rest - found if not is_temporary(name) and self._is_foreign(name)}
+            found |= set(self._filtered(self._is_foreign, [name for name in rest - found if not is_temporary(name)]))
         yield from (name for name in wanted if name in found)
 
     def move(self, name: str, folder: str) -> None:
@@ -193,16 +192,26 @@ class Root:
                 self.strategy.clear(self.storage, leftover)
         for name in list(self.unfinished(self.folders())):
             if self._is_abandoned(name, older_than):
-                self.storage.delete(f"{name}/")
+                self._remove(f"{name}/")
+
+    def _remove(self, prefix: str) -> None:
+        if TOMBSTONE in self.storage.children(prefix):
+            erase(self.storage, prefix)  # in its order, should it be cut off again
+        else:
+            self.storage.delete(prefix)
 
     # --- one name ---
 
     def _marked(self, names: list[str]) -> list[str]:
-        if len(names) == 1:
-            return [name for name in names if self._holds_commit_object(name)]
+        return self._filtered(self._holds_commit_object, names)
+
+    def _filtered(self, look: Callable[[str], bool], names: list[str]) -> list[str]:
+        """Return those of some names of which a look says True, several looks at once."""
+        if len(names) <= 1:
+            return [name for name in names if look(name)]
         # Closed before anything is yielded: an iterator that nobody exhausts leaves no thread behind.
         with ThreadPoolExecutor(min(len(names), _AT_ONCE), thread_name_prefix="milepost-find") as pool:
-            return list(itertools.compress(names, pool.map(self._holds_commit_object, names)))
+            return list(itertools.compress(names, pool.map(look, names)))
 
     def _children(self) -> set[str]:
         return {child[:-1] for child in self.storage.children("") if child.endswith("/")}
@@ -215,19 +224,9 @@ class Root:
     def _is_foreign(self, name: str) -> bool:
         """Say whether a folder without a commit object is a checkpoint that others laid out in their own way."""
         prefix, names = f"{name}/", sorted(self.storage.children(f"{name}/"))
-        if not names or any(parse_attempt(child.removesuffix("/")) for child in names):
-            return False
-        plugins = installed()
-        for claim in plugins.claims(LAYOUTS):
-            try:
-                layout: Layout = plugins.layout(claim.name)()
-                if layout.read(self.storage, prefix, names) is not None:
-                    return True
-            except DamagedError:
-                return True  # it is one: whoever loads it will be told what is wrong with it
-            except (InvalidLayoutError, PluginError):
-                continue
-        return False
+        if not self.renames and _STEP_METADATA in names and self._record(name) is not None:
+            return False  # it was begun, and is written in place
+        return recognised(self.storage, prefix, names, installed()) is not None
 
     def _holds_commit_object(self, name: str) -> bool:
         return _exists(self.storage, f"{name}/{COMMIT_OBJECT}")
@@ -236,6 +235,8 @@ class Root:
         children = {child.removesuffix("/") for child in self.storage.children(f"{name}/")}
         if COMMIT_OBJECT in children:
             return False
+        if TOMBSTONE in children:
+            return True
         return any(map(parse_attempt, children)) or (_STEP_METADATA in children and self._record(name) is not None)
 
     def _record(self, name: str) -> dict[str, Any] | None:
@@ -252,8 +253,10 @@ class Root:
                 # What the reference began tells nothing but its name; what a strategy began, it removes itself.
                 return made is not None and made.maker == "reference"
             return _is_over(made.attempt, older_than)
-        if any(parse_attempt(child.removesuffix("/")) for child in self.storage.children(f"{name}/")):
-            return False  # the strategy's
+        children = list(self.storage.children(f"{name}/"))
+        begun = any(parse_attempt(child.removesuffix("/")) for child in children)
+        if begun or TOMBSTONE in children:
+            return not begun  # the strategy's, or else a deletion that was cut off
         record = self._record(name)
         if record is None:
             return False

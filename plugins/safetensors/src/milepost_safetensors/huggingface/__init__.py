@@ -57,8 +57,15 @@ class HuggingFaceArrays:
 
 
 class HuggingFaceLayout:
-    """Read a folder of safetensors files as if it were a checkpoint with one item "state"."""
+    """Read a folder of safetensors files, or a single one, as if it were a checkpoint with one item "state".
+
+    Such a folder is its user's, who may keep other things in it: nothing here says that it may be deleted.
+    """
 
     def read(self, storage: Storage, prefix: str, names: Sequence[str]) -> Mapping[str, Any] | None:
         """Return the manifest of the folder; None where there are no safetensors files, or packed ones of milepost."""
         return folder.manifest(storage, prefix, names)
+
+    def recognises(self, storage: Storage, prefix: str, names: Sequence[str]) -> bool:
+        """Say whether there are such files, by their names and the header of one of them."""
+        return folder.recognises(storage, prefix, names)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from milepost.protocols import Storage
 
-__all__ = ["INDEX", "SINGLE", "SUFFIX", "manifest"]
+__all__ = ["INDEX", "SINGLE", "SUFFIX", "manifest", "recognises"]
 
 SUFFIX = ".safetensors"
 SINGLE = f"model{SUFFIX}"
@@ -51,6 +51,14 @@ def manifest(storage: Storage, prefix: str, names: Sequence[str]) -> dict[str, A
     if any(_PACKED in header.metadata for header in headers):
         return None
     return _document(storage, prefix, _chosen(headers, homes, where), index)
+
+
+def recognises(storage: Storage, prefix: str, names: Sequence[str]) -> bool:
+    """Say whether `manifest` would return one or raise `DamagedError`, as far as one file tells."""
+    files = [name for name in names if name.endswith(SUFFIX)]
+    if not files:
+        return any(name.endswith(f"{SUFFIX}.index.json") for name in names)
+    return _PACKED not in header_of(storage, prefix, SINGLE if SINGLE in files else min(files)).metadata
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

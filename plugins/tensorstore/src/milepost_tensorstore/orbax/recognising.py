@@ -16,6 +16,7 @@ from milepost.errors import DamagedError, InvalidLayoutError, MissingDataError
 
 from milepost_tensorstore.orbax.recognising_files import Folder, checked
 from milepost_tensorstore.orbax.recognising_items import is_tree, recognised
+from milepost_tensorstore.orbax.recognising_names import INDICATOR, KEYS, STEP, is_certain, is_likely
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -24,13 +25,10 @@ if TYPE_CHECKING:
 
 __all__ = ["OrbaxLayout"]
 
-_STEP = "_CHECKPOINT_METADATA"
-_INDICATOR = "orbax.checkpoint"
 _COMMIT = "commit_success.txt"
 _METRICS = "metrics"
 _STATE = "state"
 _LARGEST = 1 << 63
-_KEYS = {"jax_random_key/", "np_random_key/"}
 
 _KINDS: Mapping[str, tuple[type, ...]] = {
     "item_handlers": (dict, str),
@@ -50,15 +48,25 @@ class OrbaxLayout:
 
         Raises `InvalidLayoutError` for one that was not finished, and `DamagedError` for one that cannot be read.
         """
+        if not prefix:
+            return None  # no folder has this one: a single file is asked about
         folder = Folder(storage, prefix, names)
         step = _Step(folder)
         items = dict(step.items())
         if not items:
-            if _STEP in folder.names or _INDICATOR in folder.names:
+            if STEP in folder.names or INDICATOR in folder.names:
                 raise MissingDataError(f"cannot read {folder.url!r}: {step.lack()}")
             return None
         _check_finished(folder)
         return step.document(items)
+
+    def recognises(self, storage: Storage, prefix: str, names: Sequence[str]) -> bool:
+        """Say whether a folder is a checkpoint that Orbax would restore, by the names in it and in a few folders."""
+        return is_likely(Folder(storage, prefix, names), _check_finished)
+
+    def owns(self, storage: Storage, prefix: str, names: Sequence[str]) -> bool:
+        """Say whether a folder is labelled as a checkpoint of Orbax, or holds trees as only Orbax lays them out."""
+        return is_certain(Folder(storage, prefix, names), _check_finished)
 
 
 class _Step:
@@ -66,9 +74,9 @@ class _Step:
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
-        self._where = folder.file(_STEP)
-        said = folder.read_object(_STEP)
-        self._labelled = said is not None or _INDICATOR in folder.names
+        self._where = folder.file(STEP)
+        said = folder.read_object(STEP)
+        self._labelled = said is not None or INDICATOR in folder.names
         self._said = _checked_step(said or {}, self._where)
 
     def items(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -81,14 +89,14 @@ class _Step:
                 yield _STATE, item
             return
         folders = list(self._folder.folders())
-        if not self._labelled and any(_STEP in one.names for one in folders):
+        if not self._labelled and any(STEP in one.names for one in folders):
             return  # a folder of checkpoints
         yield from self._named(folders, handlers)
 
     def _named(self, folders: list[Folder], handlers: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
         found = 0
         # Beside what is an item for certain, whatever can be understood is one; old steps have no file that lists them.
-        if not (self._labelled or any(is_tree(one) or _KEYS & one.names for one in folders)):
+        if not (self._labelled or any(is_tree(one) or KEYS & one.names for one in folders)):
             folders = []
         for folder in folders:
             if folder.name == _METRICS and _METRICS in folder.names:
@@ -107,7 +115,7 @@ class _Step:
         above = None if self._labelled else self._folder.above()
         handlers: Any = None
         with contextlib.suppress(DamagedError):  # it is of another folder, and may be of something else altogether
-            said = above.read_object(_STEP) if above is not None else None
+            said = above.read_object(STEP) if above is not None else None
             handlers = _checked_step(said or {}, self._where).get("item_handlers")
         return (handlers.get(self._folder.name) or "") if isinstance(handlers, dict) else ""
 

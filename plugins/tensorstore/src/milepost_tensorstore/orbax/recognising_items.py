@@ -30,11 +30,11 @@ from milepost_tensorstore.orbax.recognising_trees import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from milepost_tensorstore.documents import Document
 
-__all__ = ["Recognise", "is_tree", "our_handler", "recognised"]
+__all__ = ["Recognise", "is_tree", "our_handler", "recognised", "single_file"]
 
 Recognise: TypeAlias = Callable[[Folder, str, str], "dict[str, Any] | None"]
 """Makes an item, or None for what is none, from its folder, its prefix within the checkpoint, and its handler."""
@@ -70,10 +70,19 @@ def our_handler(theirs: str) -> str:
     return "" if ours in _TREES else ours
 
 
-def is_tree(folder: Folder) -> bool:
-    """Say whether a folder holds a tree, by its own files."""
+def is_tree(folder: Folder, *, certain: bool = False) -> bool:
+    """Say whether a folder holds a tree, by its own files; with `certain`, by files that nobody else has."""
     known = _METADATA in folder.names or MANIFEST in folder.names or bool(databases(folder))
-    return known or legacy_jax.is_jax_tree(folder) or is_aggregate(folder)
+    return known or legacy_jax.is_jax_tree(folder) or (not certain and is_aggregate(folder))
+
+
+def single_file(names: Collection[str]) -> str | None:
+    """Return the name of our handler of an item that is one file, by that file's name; None if there is none.
+
+    >>> single_file({"metadata"}), single_file({"weights"})
+    ('milepost.handlers.JsonCheckpointHandler', None)
+    """
+    return next((ours for file, ours in _FILES.items() if file in names), None)
 
 
 def recognised(folder: Folder, prefix: str, handler: str) -> dict[str, Any] | None:
@@ -94,7 +103,7 @@ def _finder(folder: Folder, ours: str) -> Recognise | None:
         return legacy_jax.item
     if is_tree(folder):
         return _tree
-    if any(file in names for file in _FILES) or ours:
+    if single_file(names) is not None or ours:
         return _own_files
     return _unlabelled if any(folder.folders()) else None
 
@@ -233,6 +242,6 @@ def _said(folder: Folder, name: str, what: str) -> bool:
 
 
 def _own_files(folder: Folder, prefix: str, handler: str) -> dict[str, Any]:
-    handler = handler or next(ours for file, ours in _FILES.items() if file in folder.names)
+    handler = handler or single_file(folder.names) or ""
     tree = Tree(None, [], [], {})
     return _item(tree, prefix, handler, {}) | {"writer": "", "records": []}

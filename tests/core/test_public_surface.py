@@ -156,10 +156,6 @@ _WHERE = {
         (("", "handlers"), "JaxRandomKeyCheckpointHandler NumpyRandomKeyCheckpointHandler"),
         (("",), "BasePyTreeCheckpointHandler"),
         (("", "type_handlers", "handlers"), "ArrayRestoreArgs SingleReplicaArrayRestoreArgs"),
-        (
-            ("checkpoint_managers", "v1.training.save_decision_policies"),
-            "InitialSavePolicy PreemptionCheckpointingPolicy",
-        ),
     )
     for name in group.split()
 }
@@ -198,11 +194,6 @@ SIGNATURES: dict[str, str] = {
         *(f"{one}.async_save" for one in _RANDOM_KEYS),
     ),
     **wherever("it names what it takes", "ProtoCheckpointHandler.save"),
-    **wherever(
-        "a dataclass without fields: equal to its like, and with a text",
-        "InitialSavePolicy",
-        "PreemptionCheckpointingPolicy",
-    ),
     **wherever(
         "the class is looked up when one is made: reading it from the class would need JAX",
         "ArrayRestoreArgs.restore_type",
@@ -332,6 +323,8 @@ def test_every_name_of_the_reference_is_where_it_has_it_or_left_out_for_a_reason
 
 def differences(theirs: object, ours: object) -> list[str]:
     """Say what a call of theirs may pass that ours does not take in the same way."""
+    if getattr(getattr(theirs, "__init__", None), "__name__", "") == "_no_init_or_replace_init":
+        theirs()  # until the first one is made, Python shows a placeholder as the signature of such a class
     try:
         expected = inspect.signature(theirs).parameters
         actual = inspect.signature(ours).parameters

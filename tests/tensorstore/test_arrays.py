@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import struct
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import milepost
 import ml_dtypes
@@ -670,9 +672,182 @@ def test_a_large_raw_chunk_of_others_is_read_by_the_rows_that_are_wanted(ocdbt, 
         assert same(array[a : a + n, b : b + m], found)
 
 
+class Counting(MemoryStorage):
+    """A storage in memory that notes which bytes are read of what."""
+
+    def __init__(self, url):
+        super().__init__(url)
+        self.reads = []
+
+    def read(self, key, start=0, stop=None):
+        self.reads.append((key, start))
+        return super().read(key, start, stop)
+
+
+WANTED = [(0, 0, 3001, 2000), (5, 0, 7, 2000), (1000, 500, 1500, 1000), (2999, 1999, 1, 1), (1600, 0, 200, 2000)]
+
+
+@pytest.mark.parametrize("limit", [1 << 30, 12 * MIB])  # the last of two chunks is smaller than the first
+@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize("kind", PLACES)
+@pytest.mark.parametrize(("zarr_format", "ocdbt"), [(2, True), (2, False), (3, True), (3, False)])
+def test_a_large_compressed_chunk_is_decompressed_in_portions_for_all_who_want_of_it(
+    zarr_format, ocdbt, kind, ours, limit, place
+):
+    storage = place(kind)
+    array = random_array((3001, 2000), "float32")
+    record = save(storage, {"a": array}, ocdbt=ocdbt, zarr_format=zarr_format, chunk_bytes=limit, compression="zstd")
+    boxes = [ReadRequest("a", Box((a, b), (n, m))) for a, b, n, m in WANTED]
+    for some in (boxes, boxes[:1], boxes[2:3]):
+        back = load(storage, [record if ours else foreign(record)], some, budget=MIB)
+        for request, found in zip(some, back, strict=True):
+            (a, b), (n, m) = request.box.start, request.box.shape
+            assert same(array[a : a + n, b : b + m], found)
+
+
+@pytest.mark.parametrize("driver", ["zarr", "zarr3"])
+@pytest.mark.parametrize("shape", [(3000, 2000), (2100, 2000), (2000, 1100), (5, 4)])
+def test_large_chunks_that_reach_beyond_the_array_are_understood(shape, driver, tmp_path):
+    array, chunk = random_array(shape, "int32"), [2000, 1500]
+    if driver == "zarr":
+        metadata = {"shape": shape, "chunks": chunk, "dtype": "<i4", "compressor": {"id": "zstd", "level": 1}}
+    else:
+        codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "zstd"}]
+        inner = {"chunk_shape": chunk, "codecs": codecs}
+        metadata = {"shape": shape, "data_type": "int32", "codecs": [{"name": "sharding_indexed"}]}
+        metadata["codecs"][0]["configuration"] = inner
+        metadata["chunk_grid"] = {"name": "regular", "configuration": {"chunk_shape": chunk}}
+    spec = {"driver": driver, "kvstore": {"driver": "file", "path": f"{tmp_path}/7/state/a/"}, "metadata": metadata}
+    ts.open(spec, create=True).result().write(array).result()
+    record = {"format": 1, "zarr_format": 2 if driver == "zarr" else 3, "ocdbt": False}
+    (found,) = load(PosixStorage(tmp_path.as_uri()), [record], ["a"])
+    assert same(array, found)
+
+
+def test_a_compressed_chunk_is_read_once_however_many_share_it():
+    storage = Counting("memory://once")
+    array = np.zeros((4096, 1024), np.float32)
+    array[::7] = 1.5
+    record = foreign(save(storage, {"a": array}, ocdbt=False, chunk_bytes=1 << 30, compression="zstd"))
+    storage.reads.clear()
+    boxes = [ReadRequest("a", Box((at, 0), (512, 1024))) for at in range(0, 4096, 512)]
+    back = load(storage, [record], boxes, budget=MIB)
+    assert same(array, np.concatenate(back))
+    assert storage.reads.count(("7/state/a/0.0", 0)) == 1
+
+
+def test_the_database_is_read_once_for_many_calls_with_the_same_records():
+    storage = Counting("memory://calls")
+    records = [save(storage, {f"a/{n}": np.full(2000, n) for n in range(8)})]
+    reader, options = TensorStoreArrays(), ReadOptions(MIB, 1)
+
+    def first(records, number):
+        ((_, found),) = reader.read(location(storage), records, [ReadRequest(f"a/{number}")], options)
+        return found[0]
+
+    def opened_times():
+        return storage.reads.count(("7/state/manifest.ocdbt", 0))
+
+    storage.reads.clear()
+    with ThreadPoolExecutor(4) as pool:
+        assert list(range(8)) == list(pool.map(lambda number: first(records, number), range(8)))
+    once = opened_times()
+    assert list(range(8)) == [first(records, number) for number in range(8)]
+    assert opened_times() == once <= 4
+    assert first(list(records), 3) == 3
+    assert opened_times() == once + 1
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.parametrize("shape", [(100,), (4_000_000,)])
+def test_a_frame_of_another_size_than_the_chunk_is_damage(shape, zarr_format, tmp_path):
+    form = {"zarr_format": zarr_format, "ocdbt": False, "compression": "zstd"}
+    storage = PosixStorage(tmp_path.as_uri())
+    record = foreign(save(storage, {"a": np.arange(*shape)}, chunk_bytes=1 << 30, **form))
+    (file,) = (path for path in tmp_path.rglob("0") if path.is_file())
+    right = file.read_bytes()
+    for other in (shape[0] - 1, shape[0] + 1):
+        elsewhere = PosixStorage((tmp_path / str(other)).as_uri())
+        save(elsewhere, {"a": np.arange(other)}, chunk_bytes=1 << 30, **form)
+        (wrong,) = (path for path in (tmp_path / str(other)).rglob("0") if path.is_file())
+        file.write_bytes(wrong.read_bytes())
+        with pytest.raises(DamagedError, match=r"array 'a' cannot be read: its chunk '(c/)?0' cannot be decompressed"):
+            load(storage, [record], ["a"])
+    for wrong in (right[:-30], right[: len(right) // 2], b"", right[:9] + b"\xff" * 30 + right[39:]):
+        file.write_bytes(wrong)
+        with pytest.raises(DamagedError, match="array 'a'"):
+            load(storage, [record], ["a"])
+
+
+LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
+ZSTD = {"name": "zstd", "configuration": {"level": 2, "checksum": True}}
+
+
+@pytest.mark.parametrize(
+    "codecs",
+    [
+        [{"name": "bytes", "configuration": {"endian": "big"}}, ZSTD],
+        [LITTLE, {"name": "gzip", "configuration": {"level": 1}}],
+        [{"name": "transpose", "configuration": {"order": [1, 0]}}, LITTLE, ZSTD],
+        [LITTLE, ZSTD, {"name": "crc32c"}],
+        *(
+            [{"name": "sharding_indexed", "configuration": {"chunk_shape": chunk, "codecs": inner, **more}}]
+            for chunk, inner, more in (
+                ([4, 3], [LITTLE, ZSTD], {}),
+                ([4, 3], [LITTLE, ZSTD], {"index_location": "start"}),
+                ([4, 3], [LITTLE, ZSTD, {"name": "crc32c"}], {}),
+                ([4, 3], [LITTLE], {}),
+                ([2, 3], [LITTLE, ZSTD], {}),
+                ([4, 3], [{"name": "bytes", "configuration": {"endian": "big"}}, ZSTD], {}),
+            )
+        ),
+    ],
+)
+def test_whatever_zarr_v3_can_say_is_understood(codecs, tmp_path):
+    array = np.arange(35, dtype=np.int32).reshape(5, 7)
+    grid = {"name": "regular", "configuration": {"chunk_shape": [4, 3]}}
+    metadata = {"shape": [5, 7], "data_type": "int32", "chunk_grid": grid, "codecs": codecs}
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{tmp_path}/7/state/a.b/"}, "metadata": metadata}
+    ts.open(spec, create=True).result().write(array).result()
+    (found,) = load(PosixStorage(tmp_path.as_uri()), [{"format": 1, "zarr_format": 3, "ocdbt": False}], ["a/b"])
+    assert same(array, found)
+
+
+def crc32c(data):
+    """Return the bytes of a CRC-32C, bit by bit."""
+    value = 0xFFFFFFFF
+    for byte in data:
+        value ^= byte
+        for _ in range(8):
+            value = value >> 1 ^ 0x82F63B78 * (value & 1)
+    return struct.pack("<I", value ^ 0xFFFFFFFF)
+
+
+@pytest.mark.parametrize("size", [100, 4_000_000])
+def test_a_shard_is_read_by_its_index_where_that_is_not_the_usual_one(size, tmp_path):
+    storage, array = PosixStorage(tmp_path.as_uri()), np.arange(1, size + 1)
+    form = {"zarr_format": 3, "ocdbt": False, "compression": "zstd"}
+    record = foreign(save(storage, {"a": array}, chunk_bytes=1 << 30, **form))
+    (file,) = tmp_path.rglob("0")
+    body = file.read_bytes()[:-20]
+    index = struct.pack("<QQ", 5, len(body))
+    file.write_bytes(b"junk!" + body + index + crc32c(index))
+    assert same(array, load(storage, [record], ["a"])[0])
+    nothing = b"\xff" * 16
+    file.write_bytes(body + nothing + crc32c(nothing))
+    with pytest.raises(MissingDataError, match="array 'a'"):
+        load(storage, [record], ["a"])
+    file.write_bytes(body + index + bytes(4))
+    with pytest.raises(DamagedError, match="array 'a'"):
+        load(storage, [record], ["a"])
+
+
 @pytest.mark.parametrize(
     ("metadata", "dtype"),
     [
+        ({"compressor": {"id": "zstd", "level": 1}}, "<i4"),
+        ({"compressor": {"id": "zstd", "level": 1}}, ">i4"),
+        ({"compressor": {"id": "zstd", "level": 1}, "order": "F"}, "<i4"),
         ({"order": "F"}, "<i4"),
         ({}, ">i4"),
         ({"dimension_separator": "/"}, "<i4"),

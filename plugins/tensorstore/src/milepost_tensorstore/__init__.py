@@ -19,13 +19,15 @@ if TYPE_CHECKING:
     from milepost.hookspecs import RegisterArrays
     from milepost.protocols import Array, ArraySpec, Json, Location, Piece, ReadOptions, ReadRequest, WriteOptions
 
+    from milepost_tensorstore.catalog import Catalog, Catalogs
+
 __all__ = ["TensorStoreArrays", "register_arrays"]
 
 _NAME = "tensorstore"
 
 
 class TensorStoreArrays:
-    """Write and read arrays in Orbax's format; keeps no state between calls.
+    """Write and read arrays in Orbax's format; keeps no state between calls but where the arrays of one item are.
 
     `zarr_format` is 2 or 3, and `ocdbt` whether all arrays go into one database; otherwise each is a folder. Chunks
     are compressed with `compression` "zstd" at `compression_level`, or not at all. A chunk is what one device holds,
@@ -58,6 +60,7 @@ class TensorStoreArrays:
                 "file_io_concurrency": file_io_concurrency,
             }
         )
+        self._catalogs: Catalogs | None = None
 
     def create(self, location: Location, specs: Sequence[ArraySpec]) -> None:
         """Refuse dtypes and names that cannot be written; nothing needs preparation."""
@@ -96,7 +99,7 @@ class TensorStoreArrays:
         """Yield `(index of the request, array)`, each as soon as it is there; refuse at once what cannot be read."""
         from milepost_tensorstore import reading
 
-        return reading.read(location, records, requests, options)
+        return reading.read(location, self._catalog(location, records), requests, options) if requests else iter(())
 
     def stored_chunks(
         self, location: Location, records: Sequence[Json], names: Sequence[str]
@@ -104,7 +107,14 @@ class TensorStoreArrays:
         """Return the shapes of the chunks of arrays; None for one that can be read by rows as well."""
         from milepost_tensorstore import reading
 
-        return reading.stored_chunks(location, records, names)
+        return reading.stored_chunks(self._catalog(location, records), names)
+
+    def _catalog(self, location: Location, records: Sequence[Json]) -> Catalog:
+        if self._catalogs is None:
+            from milepost_tensorstore.catalog import Catalogs
+
+            self._catalogs = Catalogs()
+        return self._catalogs.get(location, records)
 
 
 @hookimpl

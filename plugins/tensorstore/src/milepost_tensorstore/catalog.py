@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from typing import TYPE_CHECKING, NamedTuple
 
 from milepost.errors import DamagedError, ManifestError, MissingDataError, NotFoundError
@@ -19,15 +20,13 @@ from milepost_tensorstore.database import Range
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from milepost.protocols import Box, Json, Location
+    from milepost.protocols import Box, Json, Location, Storage
 
     from milepost_tensorstore.documents import Document
 
-__all__ = ["Catalog", "Chunk", "Entry"]
+__all__ = ["Catalog", "Catalogs", "Chunk", "Entry"]
 
 _DIGITS = 16
-_MANY = 1024
-
 _MOST_CELLS = 1 << 24
 
 
@@ -75,8 +74,22 @@ class Chunk(NamedTuple):
     sum: str | None
 
 
+class Catalogs:
+    """The catalog that was made last: a reader may ask for the boxes of one item in many calls, from any thread."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Storage, str, Sequence[Json], Catalog] | None = None
+
+    def get(self, location: Location, raw: Sequence[Json]) -> Catalog:
+        """Return the catalog of an item, the same for the same list of records; nobody changes it meanwhile."""
+        last = self._last
+        if last is None or last[0] is not location.storage or last[1] != location.prefix or last[2] is not raw:
+            last = self._last = (location.storage, location.prefix, raw, Catalog(location, raw))
+        return last[3]
+
+
 class Catalog:
-    """The arrays of one item, by milepost's names."""
+    """The arrays of one item, by milepost's names; may be used by many threads."""
 
     def __init__(self, location: Location, raw: Sequence[Json]) -> None:
         self._form, self._others, self._pieces = records.parse(raw)
@@ -85,6 +98,7 @@ class Catalog:
         found = [record["aggregate"] for record in raw if isinstance(record, dict) and "aggregate" in record]
         self.aggregate: Json = found[0] if found else None
         self._values: dict[str, bytes | Range] | None = None
+        self._lock = threading.Lock()
 
     def entry(self, name: str) -> Entry:
         """Return the array of that name; raises `MissingDataError` where there is none."""
@@ -152,19 +166,6 @@ class Catalog:
             found.append(Chunk(entry, cell, part, value, entry.sum_of(cell)))
         return found
 
-    def _most(self, entry: Entry) -> int:
-        """Return how many chunks an array has at most, which its document need not be believed about."""
-        if entry.sums is not None:
-            return sum(len(sums) for _, sums in self._pieces[entry.name].boxes) if self._pieces else 0
-        if self._form.ocdbt:
-            return len(self._all())
-        return self._files(f"{self._prefix}{entry.stored}/", len(entry.document.shape))
-
-    def _files(self, prefix: str, deep: int) -> int:
-        found = list(self._storage.children(prefix))
-        inner = [name for name in found if name.endswith("/")] if deep >= 0 else []
-        return len(found) + sum(self._files(prefix + name, deep - 1) for name in inner)
-
     def _value(self, key: str) -> bytes | Range | None:
         if self._form.ocdbt:
             return self._all().get(key)
@@ -182,12 +183,14 @@ class Catalog:
         return True
 
     def _all(self) -> dict[str, bytes | Range]:
-        if self._values is None:
-            self._values = {}
-            for folder in self._form.databases or ("",):
-                for key, value in database.entries(self._storage, self._prefix + folder).items():
-                    self._values[key] = value._replace(file=folder + value.file) if isinstance(value, Range) else value
-        return self._values
+        with self._lock:
+            if self._values is None:
+                values: dict[str, bytes | Range] = {}
+                for folder in self._form.databases or ("",):
+                    for key, value in database.entries(self._storage, self._prefix + folder).items():
+                        values[key] = value._replace(file=folder + value.file) if isinstance(value, Range) else value
+                self._values = values
+            return self._values
 
     @property
     def prefix(self) -> str:

@@ -33,7 +33,11 @@ _V2, _V3 = 2, 3
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Document:
-    """What the metadata of an array says; `raw` is whether a chunk of it is the bytes of the array and `tail` more."""
+    """What the metadata of an array says, and what is known of its chunks without a codec.
+
+    `raw` is whether a chunk is the bytes of the array, `zstd` whether it is one frame of Zstandard that has them;
+    behind either are `tail` more.
+    """
 
     text: bytes
     kind: Kind
@@ -41,6 +45,7 @@ class Document:
     chunk: tuple[int, ...]
     zarr_format: int
     raw: bool
+    zstd: bool
     tail: int
     separator: str
     default_keys: bool
@@ -84,10 +89,8 @@ def document(
         content = _version_3(kind, shape, chunk, compression)
     text = json.dumps(content, separators=(",", ":")).encode()
     raw = compression is None
-    tail = 0 if zarr_format == _V2 or not raw else len(trailer(0))
-    return Document(
-        text, kind, shape, chunk, zarr_format, raw, tail, "." if zarr_format == _V2 else "/", zarr_format == _V3
-    )
+    tail, separator = (0, ".") if zarr_format == _V2 else (len(trailer(0)), "/")
+    return Document(text, kind, shape, chunk, zarr_format, raw, not raw, tail, separator, zarr_format == _V3)
 
 
 def _version_3(
@@ -167,17 +170,38 @@ def _understood(text: bytes, zarr_format: int) -> Document:
     if zarr_format == _V2:
         kind, native = _kind(content["dtype"])
         chunk = _dims(content["chunks"])
-        raw = native and content.get("compressor") is None and not content.get("filters")
-        raw = raw and content.get("order", "C") == "C"
+        plain = native and not content.get("filters") and content.get("order", "C") == "C"
+        codec = content.get("compressor")
+        raw, zstd, tail = plain and codec is None, plain and type(codec) is dict and codec.get("id") == "zstd", 0
         keys = _separator(content.get("dimension_separator", ".")), False
     else:
         kind, native = _kind(content["data_type"])
         chunk = _dims(content["chunk_grid"]["configuration"]["chunk_shape"])
-        raw = False
+        zstd = _is_zstd(content.get("codecs"), content["chunk_grid"]["configuration"]["chunk_shape"], kind)
+        raw, tail = False, len(trailer(0))
         keys = _encoding(content["chunk_key_encoding"])
     if len(chunk) != len(shape) or 0 in chunk:
         raise ValueError(f"its chunks are {chunk} of shape {shape}")
-    return Document(text, kind, shape, chunk, zarr_format, raw, 0, *keys)
+    return Document(text, kind, shape, chunk, zarr_format, raw, zstd, tail if zstd else 0, *keys)
+
+
+def _is_zstd(codecs: Any, chunk: Any, kind: Kind) -> bool:
+    """Say whether codecs of Zarr v3 make a shard of a single chunk, which is compressed with Zstandard alone."""
+    little = {"name": "bytes", "configuration": {"endian": "little"}}
+    try:
+        (sharding,) = codecs
+        shard = sharding["configuration"]
+        order, compression = shard["codecs"]
+        return (
+            sharding["name"] == "sharding_indexed"
+            and shard["chunk_shape"] == chunk
+            and shard.get("index_location", "end") == "end"
+            and shard["index_codecs"] == [little, {"name": "crc32c"}]
+            and (order == little or (kind.dtype.itemsize == 1 and order == {"name": "bytes"}))
+            and compression["name"] == "zstd"
+        )
+    except (TypeError, KeyError, ValueError, AttributeError):
+        return False  # TensorStore knows what it is, if anybody does
 
 
 def _kind(name: Any) -> tuple[Kind, bool]:

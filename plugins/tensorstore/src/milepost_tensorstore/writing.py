@@ -138,16 +138,16 @@ class _Pieces:
             return [self._row(piece, self._raw) for piece in pieces]
         with ThreadPoolExecutor(self._options.threads, thread_name_prefix="milepost-encode") as pool:
 
-            def encode(document: Document, key: str, cell: tuple[int, ...], part: Array) -> None:
+            def encode(document: Document, key: str, part: Array) -> None:
                 self._take(self._options.budget // 8 - part.nbytes)
-                self._waiting.append((key, part.nbytes, pool.submit(self._encoded, document, cell, part)))
+                self._waiting.append((key, part.nbytes, pool.submit(self._encoded, document, part)))
                 self._held += part.nbytes
 
             rows = [self._row(piece, encode) for piece in pieces]
             self._take(0)
         return rows
 
-    def _row(self, piece: Piece, store: Callable[[Document, str, tuple[int, ...], Array], None]) -> list[Any]:
+    def _row(self, piece: Piece, store: Callable[[Document, str, Array], None]) -> list[Any]:
         spec, form = piece.spec, self._settings.zarr_format
         kind = dtypes.kind(spec.dtype)
         assert kind is not None  # noqa: S101 checked for all pieces at once, for one error that names them all
@@ -162,27 +162,21 @@ class _Pieces:
         sums = []
         for cell, part in _parts(spec, box, chunk, array):
             sums.append(xxhash.xxh3_64_hexdigest(_bytes(part)))
-            store(document, documents.key(name, document.key(cell)), cell, part)
+            store(document, documents.key(name, document.key(cell)), part)
         cut = None if chunk == tuple(n or 1 for n in spec.shape) else list(chunk)
         row = [spec.name, spec.dtype, list(spec.shape), cut, "".join(sums)]
         return row if box == whole else [*row, list(box.start), list(box.shape)]
 
-    def _raw(self, document: Document, key: str, cell: tuple[int, ...], part: Array) -> None:
-        del cell
-        if part.shape != document.chunk:
-            # What lies beyond the end of the array is part of the chunk.
-            padded: Array = np.zeros(document.chunk, part.dtype)
-            padded[tuple(map(slice, part.shape))] = part
-            part = padded
-        data = _bytes(part)
+    def _raw(self, document: Document, key: str, part: Array) -> None:
+        data = _bytes(_padded(part, document))
         self._put(key, b"".join((data, documents.trailer(len(data)))) if document.tail else bytes(data))
 
-    def _encoded(self, document: Document, cell: tuple[int, ...], part: Array) -> bytes:
-        codec = getattr(self._local, "codec", None)
+    def _encoded(self, document: Document, part: Array) -> bytes:
+        codec: Codec | None = getattr(self._local, "codec", None)
         if codec is None:
             codec = self._local.codec = Codec()
-        encoded: bytes = codec.encode(document, cell, part)
-        return encoded
+        assert self._settings.compression is not None  # noqa: S101 - else nothing is encoded
+        return codec.encode(_bytes(_padded(part, document)), document, self._settings.compression[1])
 
     def _take(self, most: int) -> None:
         """Put what is encoded until at most so many bytes are waited for."""
@@ -190,6 +184,15 @@ class _Pieces:
             key, size, future = self._waiting.popleft()
             self._put(key, future.result())
             self._held -= size
+
+
+def _padded(part: Array, document: Document) -> Array:
+    """Return a chunk as it is stored: what lies beyond the end of the array is part of it."""
+    if part.shape == document.chunk:
+        return part
+    padded: Array = np.zeros(document.chunk, part.dtype)
+    padded[tuple(map(slice, part.shape))] = part
+    return padded
 
 
 def _tail(document: Document, size: int) -> bytes:

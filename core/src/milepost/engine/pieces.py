@@ -182,7 +182,7 @@ class Planner:
         self._hosts, self._budget, self._lasting, self._chunk = hosts, budget, lasting, chunk
         self._shardings = _Shardings()
         self._loads = [0] * hosts.count
-        self.plan = Plan([], [], [], self._shardings.table, [], self._budget)
+        self.plan: Plan = Plan([], [], [], self._shardings.table, [], self._budget)
 
     def plan_all(
         self,

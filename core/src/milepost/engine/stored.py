@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from milepost.engine.reading import Checkpoint
     from milepost.manifest import ArrayLeaf, FileEntry, Item
     from milepost.plugins import Plugins
-    from milepost.protocols import Buffer
+    from milepost.protocols import Buffer, Json
 
 __all__ = ["Shares", "StoredArrays", "StoredTree", "bytes_of", "copy_files", "spread"]
 
@@ -216,8 +216,11 @@ class StoredTree:
     """
 
     def __init__(self, item: Item, structure: Any, index: Sequence[int], *, flat: bool) -> None:
-        self.item, self.structure, self.flat = item, structure, flat
-        self.handler, self.custom_metadata = item.handler, item.custom_metadata
+        self.item: Item = item
+        self.structure: Any = structure
+        self.flat: bool = flat
+        self.handler: str = item.handler
+        self.custom_metadata: Json = item.custom_metadata
         self._index = index
         self._leaves = [item.leaves[at] for at in index]
         self.types: list[str] = [leaf["type"] for leaf in self._leaves]

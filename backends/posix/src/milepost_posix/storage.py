@@ -87,6 +87,10 @@ class PosixStorage:
         """Return the directory of a prefix, whether or not it exists."""
         return self._path(prefix.removesuffix("/")) if prefix else self._root
 
+    def _folder(self, prefix: str) -> Path:
+        """Return the directory of a prefix that is not all of the storage, which nobody may move."""
+        return self._path(prefix.removesuffix("/"))
+
     def size(self, key: str) -> int:
         """Return the size of a file in bytes."""
         path = self._path(key)
@@ -127,7 +131,7 @@ class PosixStorage:
     def delete(self, key: str) -> None:
         """Remove a file, or with a key that ends in "/" everything below it; what is gone already is no error."""
         for each in [key] if key else self.children(""):
-            path = self.folder(each)
+            path = self._folder(each)
             with explained("delete", path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 _remove_tree(path) if each.endswith("/") else path.unlink()
                 sync(path.parent)
@@ -136,7 +140,7 @@ class PosixStorage:
 
     def rename(self, source: str, target: str) -> None:
         """Rename a directory, durably; `AlreadyExistsError` if anything but an empty directory is at the target."""
-        old, new = self.folder(source), self.folder(target)
+        old, new = self._folder(source), self._folder(target)
         with explained("rename", old, new):
             if old.parent != new.parent:
                 _make_directory(new.parent, self._mode, [])
@@ -146,7 +150,7 @@ class PosixStorage:
 
     def exchange(self, one: str, other: str) -> bool:
         """Swap two directories at one instant, durably; False, with nothing changed, where this system cannot."""
-        first, second = self.folder(one), self.folder(other)
+        first, second = self._folder(one), self._folder(other)
         with explained("exchange", first, second):
             for path in (first, second):
                 path.lstat()  # the answer for what is not there is the same on every system
@@ -157,7 +161,7 @@ class PosixStorage:
 
     def sync(self, prefix: str) -> None:
         """Make everything below the prefix durable, whoever wrote it, and every directory on the way to it."""
-        path = self.folder(prefix)
+        path = self._folder(prefix)
         with explained("sync", path):
             for folder, _, names in os.walk(path, topdown=False, onerror=_raise):
                 for file in (Path(folder, name) for name in names):

@@ -2,13 +2,15 @@
 
 The rule: a chunk is handed over in its stored form, whole, as the value of its key; TensorStore's key-value stores take
 thousands of those at a small part of what opening as many arrays costs. They go in portions, each a transaction of the
-database, of which only as many are under way as the budget allows. Every chunk is hashed on its way.
+database, of which only as many are under way as the budget allows. Every chunk is hashed on its way. Large arrays of
+raw chunks are the exception: TensorStore's array driver refers to their memory, where a value would be copied twice.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -32,6 +34,10 @@ if TYPE_CHECKING:
 __all__ = ["add_arrays", "check", "chunk_of", "merge", "write"]
 
 _PORTION = 16 << 20
+_LARGE = 1 << 20
+"""From this size on, opening an array costs less than copying it."""
+_REFERRED = 256 << 20
+"""The bytes of a portion that stand in memory anyway."""
 _UNDER_WAY = 4
 _MOST = 1024
 
@@ -54,8 +60,8 @@ def write(location: Location, pieces: Sequence[Piece], options: WriteOptions, se
     """Write this host's pieces durably; return the record of them."""
     dtypes.check(piece.spec for piece in pieces)
     _refuse_twins(pieces)
-    with _sink(location, _folder(location, settings), options, settings) as put:
-        rows = _Pieces(put, options, settings).write(pieces)
+    with _sink(location, _folder(location, settings), options, settings) as sink:
+        rows = _Pieces(sink, options, settings).write(pieces)
     record: dict[str, Any] = {"format": records.FORMAT, "zarr_format": settings.zarr_format, "ocdbt": settings.ocdbt}
     if settings.compression is not None:
         record["compression"] = list(settings.compression)
@@ -97,7 +103,8 @@ def add_arrays(location: Location, record: Sequence[Json], arrays: Mapping[str, 
     """
     form, _, _ = records.parse(record)
     settings = Settings(form.zarr_format, form.ocdbt)
-    with _sink(location, "", None, settings, fetch=("",)) as put:
+    with _sink(location, "", None, settings, fetch=("",)) as sink:
+        put = sink.put
         for name, array in arrays.items():
             kind = dtypes.kind(array.dtype.name)
             if kind is None:
@@ -123,11 +130,23 @@ class _Put(Protocol):
     def __call__(self, key: str, value: bytes) -> None: ...
 
 
+class _Refer(Protocol):
+    def __call__(self, name: str, document: Document, box: Box, array: Array) -> None: ...
+
+
+class _Sink(NamedTuple):
+    """What takes values, and, where there is such a thing, whole pieces of raw chunks that stand in memory anyway."""
+
+    put: _Put
+    refer: _Refer | None = None
+
+
 class _Pieces:
     """Turns pieces into keys and values; compressed chunks are made by threads."""
 
-    def __init__(self, put: _Put, options: WriteOptions, settings: Settings) -> None:
-        self._put, self._options, self._settings = put, options, settings
+    def __init__(self, sink: _Sink, options: WriteOptions, settings: Settings) -> None:
+        self._put, self._refer = sink
+        self._options, self._settings = options, settings
         self._local = threading.local()
         self._waiting: collections.deque[tuple[str, int, Any]] = collections.deque()
         self._held = 0
@@ -160,9 +179,14 @@ class _Pieces:
             self._put(documents.key(name, documents.FILES[form]), document.text)
         array = _fetched(piece, box, document)
         sums = []
+        large = piece.view and array.nbytes >= _LARGE
+        refer = self._refer if large and document.raw and not document.tail else None
         for cell, part in _parts(spec, box, chunk, array):
             sums.append(xxhash.xxh3_64_hexdigest(_bytes(part)))
-            store(document, documents.key(name, document.key(cell)), part)
+            if refer is None:
+                store(document, documents.key(name, document.key(cell)), part)
+        if refer is not None:
+            refer(name, document, box, array)
         cut = None if chunk == tuple(n or 1 for n in spec.shape) else list(chunk)
         row = [spec.name, spec.dtype, list(spec.shape), cut, "".join(sums)]
         return row if box == whole else [*row, list(box.start), list(box.shape)]
@@ -232,7 +256,7 @@ def _bytes(part: Array) -> memoryview:
 @contextlib.contextmanager
 def _sink(
     location: Location, folder: str, options: WriteOptions | None, settings: Settings, fetch: Sequence[str] = ()
-) -> Iterator[_Put]:
+) -> Iterator[_Sink]:
     """Give what stores a value under a key; on leaving without an error, all is stored durably."""
     budget = options.budget if options else _PORTION
     shared = _Shared(explained(f"write the arrays at {location.url!r}", reading=False), settings)
@@ -240,13 +264,13 @@ def _sink(
         with places.scratch_or_native(location, folder, fetch) as base:
             # What is compressed stands in memory several times on its way.
             portions = _Portions(base, folder, shared, budget // (4 if settings.compression else 2))
-            yield portions.put
+            yield _Sink(portions.put, portions.refer)
             portions.finish(0)
         return
     spec = places.native(location.storage, location.prefix)
     if spec is not None:
         files = _Files(spec, shared, budget // 2)
-        yield files.put
+        yield _Sink(files.put)
         files.finish(0)
         places.note(location, files.keys)
         return
@@ -256,7 +280,7 @@ def _sink(
             return pool.submit(location.storage.write, location.prefix + key, [value])
 
         window = _Window(store, budget // 2)
-        yield window.put
+        yield _Sink(window.put)
         window.finish(0)
 
 
@@ -272,8 +296,9 @@ class _Portions:
 
     def __init__(self, base: Mapping[str, Json], folder: str, shared: _Shared, most: int) -> None:
         self._saying = shared.saying
+        self._context = places.context(shared.settings)
         with self._saying:
-            self._store = places.database(base, folder, shared.settings, places.context(shared.settings))
+            self._store = places.database(base, folder, shared.settings, self._context)
         self._most = most
         self._committing: collections.deque[tuple[int, Any]] = collections.deque()
         self._begin()
@@ -283,20 +308,46 @@ class _Portions:
 
         self._transaction = ts.Transaction()
         self._open = self._store.with_transaction(self._transaction)
-        self._held = 0
+        self._held = self._referred = 0
+        self._copies: list[Any] = []
 
     def put(self, key: str, value: bytes) -> None:
         """Store a value, sooner or later."""
-        if self._held and self._held + len(value) > min(_PORTION, self._most // _UNDER_WAY):
-            self.finish(self._most - len(value))
-            self._begin()
+        self._make_room(len(value))
         with self._saying:
             self._open.write(key, value)
         self._held += len(value)
 
+    def refer(self, name: str, document: Document, box: Box, array: Array) -> None:
+        """Store a piece of raw chunks, sooner or later; until then its memory must not change."""
+        import tensorstore as ts
+
+        self._make_room(0)
+        spec = {
+            "driver": "zarr",
+            "kvstore": {**self._store.spec().to_json(), "path": f"{name}/"},
+            "metadata": json.loads(document.text),
+            "store_data_equal_to_fill_value": True,
+        }
+        place = tuple(slice(at, at + length) for at, length in zip(box.start, box.shape, strict=True))
+        with self._saying:
+            opened = ts.open(
+                spec, open=True, assume_metadata=True, context=self._context, transaction=self._transaction
+            ).result()
+            self._copies.append(opened[place].write(array, can_reference_source_data_indefinitely=True).copy)
+        self._referred += array.nbytes
+
+    def _make_room(self, size: int) -> None:
+        full = self._held and self._held + size > min(_PORTION, self._most // _UNDER_WAY)
+        if full or self._referred >= _REFERRED:
+            self.finish(self._most - size)
+            self._begin()
+
     def finish(self, most: int) -> None:
         """Commit the transaction; wait until at most so many bytes are under way."""
         with self._saying:
+            for copy in self._copies:
+                copy.result()
             self._committing.append((self._held, self._transaction.commit_async()))
             while self._committing and (most <= 0 or sum(size for size, _ in self._committing) > most):
                 self._committing.popleft()[1].result()

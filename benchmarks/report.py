@@ -67,6 +67,8 @@ def render(results: Results) -> str:
 
 def _head(environment: Results) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    earlier = environment.get("earlier")
+    taken = f"\n- from an earlier run on the same machine and day: {', '.join(earlier)}" if earlier else ""
     return f"""# Results
 
 Rendered by `benchmarks/run.py` from one run; what is measured, and how, is in `README.md` beside this page.
@@ -75,7 +77,7 @@ Rendered by `benchmarks/run.py` from one run; what is measured, and how, is in `
 - {environment["kernel"]}, {environment["file system"]}, {environment["processor"]}, {environment["cores"]} cores,
   {environment["memory"] / 2**30:.0f} GiB of memory; load average {environment["load at the start"]:.1f} at the start,
   {environment["load at the end"]:.1f} at the end
-- medians of {environment["repeat"]} rounds (one where the table says so), reads from a warm page cache
+- medians of {environment["repeat"]} rounds (one where the table says so), reads from a warm page cache{taken}
 """
 
 

@@ -2,7 +2,8 @@
 
     python benchmarks/run.py --workloads W1,W4 --repeat 3 --json out.json --results benchmarks/RESULTS.md
 
-The rule: numbers of one report come from one run on one machine; `RESULTS.md` is rendered from them, never typed.
+The rule: numbers that are compared come from one run on one machine; `RESULTS.md` is rendered from them, never typed. A
+run takes long: what it leaves out may be taken from an earlier one of the same machine, and the report then says so.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ def main() -> None:
     root = Path(tempfile.mkdtemp(prefix="milepost-bench-", dir=options.root))
     results: dict[str, Any] = {"environment": _environment(root, options.repeat)}
     results |= {"times": {}, "steps": {}, "memory": {}}
+    if options.earlier:
+        _take_over(results, json.loads(options.earlier.read_text(encoding="utf-8")), options.workloads.split(","))
     try:
         for _ in _measure(options, root, results):
             results["environment"]["load at the end"] = os.getloadavg()[0]
@@ -67,9 +70,19 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--repeat", type=int, default=5, help="rounds; medians are reported")
     parser.add_argument("--root", default=tempfile.gettempdir(), help="a folder on the disk to measure")
+    parser.add_argument("--earlier", type=Path, help="what another run wrote, for all that this one leaves out")
     parser.add_argument("--json", type=Path, help="where to write all samples")
     parser.add_argument("--results", type=Path, help="where to write the tables")
     return parser.parse_args()
+
+
+def _take_over(results: dict[str, Any], earlier: dict[str, Any], measured: list[str]) -> None:
+    """Take what is not measured now from an earlier run."""
+    for part in ("times", "steps", "memory"):
+        results[part] |= {name: one for name, one in earlier[part].items() if name not in measured}
+    results |= {part: earlier[part] for part in ("imports", "engine") if part in earlier}
+    taken = sorted({*results["times"], *(part for part in ("imports", "engine") if part in earlier)})
+    results["environment"]["earlier"] = taken
 
 
 def _measure(options: argparse.Namespace, root: Path, results: dict[str, Any]) -> Iterator[None]:

@@ -50,7 +50,9 @@ def described(folder):
     tree = json.loads((folder / "_METADATA").read_text())["tree_metadata"]
     for entry in tree.values():
         entry["value_metadata"].pop("write_shape", None)
-    shardings = {name: json.loads(text) for name, text in json.loads((folder / "_sharding").read_text()).items()}
+    # Older releases of JAX have another name for the same device, which Orbax takes for equal.
+    written = json.loads((folder / "_sharding").read_text().replace("TFRT_CPU_", "cpu:"))
+    shardings = {name: json.loads(text) for name, text in written.items()}
     listed = json.loads((folder / "array_metadatas" / "process_0").read_text())["array_metadatas"]
     extended = {one["array_metadata"]["param_name"]: one["array_metadata"]["ext_metadata"] for one in listed}
     strings = folder / "_strings.json"

@@ -928,7 +928,7 @@ def test_a_tree_is_saved_and_loaded_like_any_other(form, url, tmp_path, request)
     import jax
     import jax.numpy as jnp
 
-    mesh = jax.make_mesh((4, 2), ("x", "y"))
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"))
     spread = jax.device_put(jnp.arange(64.0).reshape(8, 8), jax.NamedSharding(mesh, jax.P("x", "y")))
     tree = {
         "params": {"w": spread, "b": np.arange(5, dtype=np.int8)},

@@ -33,10 +33,13 @@ class Wanted:
     __slots__ = ("_lock", "box", "chunks", "entry", "index", "nbytes", "out", "waits")
 
     def __init__(self, index: int, entry: Entry, box: Box, chunks: list[Chunk]) -> None:
-        self.index, self.entry, self.box, self.chunks = index, entry, box, chunks
-        self.nbytes = math.prod(box.shape) * entry.document.kind.dtype.itemsize
+        self.index: int = index
+        self.entry: Entry = entry
+        self.box: Box = box
+        self.chunks: list[Chunk] = chunks
+        self.nbytes: int = math.prod(box.shape) * entry.document.kind.dtype.itemsize
         self.out: Array | None = None
-        self.waits = 0
+        self.waits: int = 0
         self._lock = threading.Lock()
 
     def allocate(self) -> Array:

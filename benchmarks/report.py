@@ -68,7 +68,7 @@ def render(results: Results) -> str:
 def _head(environment: Results) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     earlier = environment.get("earlier")
-    taken = f"\n- from an earlier run on the same machine and day: {', '.join(earlier)}" if earlier else ""
+    taken = f"\n- from earlier runs on the same machine, within a day: {', '.join(earlier)}" if earlier else ""
     return f"""# Results
 
 Rendered by `benchmarks/run.py` from one run; what is measured, and how, is in `README.md` beside this page.

@@ -212,7 +212,8 @@ class _CopySave(Save):
         metrics: Any = manifest.metrics
         super().__init__(SaveRequest(request.target, {}, request.overwrite, metadata, metrics), plugins=plugins)
         self._cancelled = cancelled
-        self._source, self._items, self._progressing = source, items, request.progress
+        self._source, self._items = source, items
+        self._progressing, self._rename = request.progress, request.rename
         self._data = _data_prefix(manifest)
 
     def _begin(self) -> str:
@@ -342,18 +343,9 @@ def _as_written(leaf: dict[str, Any]) -> dict[str, Any]:
 class _AnewSave(_CopySave):
     """A save of the arrays of a checkpoint, read and written box by box."""
 
-    def __init__(
-        self,
-        source: Checkpoint,
-        items: Mapping[str, Item],
-        request: CopyRequest,
-        cancelled: threading.Event,
-        plugins: Plugins,
-    ) -> None:
-        super().__init__(source, items, request, cancelled, plugins)
-        self._stored = {
-            name: self._tree(name, item, request.rename) for name, item in self._items.items() if item.writer
-        }
+    @functools.cached_property
+    def _stored(self) -> dict[str, StoredTree]:
+        return {name: self._tree(name, item, self._rename) for name, item in self._items.items() if item.writer}
 
     def _tree(self, name: str, item: Item, rename: Rename | None) -> StoredTree:
         structure, index = rename(name, item) if rename else (item.structure, range(len(item.leaves)))

@@ -31,12 +31,14 @@ __all__ = [
     "CompletesCheckpoints",
     "CreatesOnly",
     "ExchangesPrefixes",
+    "FindsUploads",
     "Hosts",
     "Json",
     "KeepsFolders",
     "Layout",
     "LeafHandler",
     "Leftover",
+    "ListsInOrder",
     "Location",
     "MapsFiles",
     "NamesDriver",
@@ -44,6 +46,7 @@ __all__ = [
     "OwnsFolders",
     "Parts",
     "Piece",
+    "PrefersLargeRequests",
     "ReadOptions",
     "ReadRequest",
     "ReadsInto",
@@ -54,6 +57,8 @@ __all__ = [
     "Storage",
     "SyncsPrefixes",
     "TellsChunks",
+    "TellsTime",
+    "Upload",
     "WriteOptions",
 ]
 
@@ -183,6 +188,21 @@ class ReadsInto(Protocol):
 
 
 @runtime_checkable
+class PrefersLargeRequests(Protocol):
+    """A storage on which a request costs as much as many bytes, and which gathers in memory what it sends."""
+
+    @property
+    def request_bytes(self) -> int:
+        """How many bytes a request should move, where there are so many."""
+        ...
+
+    @property
+    def writes_at_once(self) -> int:
+        """How many objects to write at once at the most: more hold more memory, cost more requests and gain nothing."""
+        ...
+
+
+@runtime_checkable
 class MapsFiles(Protocol):
     """A storage whose objects can be mapped into memory."""
 
@@ -208,8 +228,54 @@ class KeepsFolders(Protocol):
 class NamesDriver(Protocol):
     """A storage that TensorStore reaches by a driver of its own, without going through this process."""
 
-    def kvstore(self, prefix: str) -> Mapping[str, Json]:
-        """Return TensorStore's specification of the key-value store below a prefix, endpoint and credentials too."""
+    def kvstore(self, prefix: str) -> Mapping[str, Json] | None:
+        """Return TensorStore's specification of the key-value store below a prefix, endpoint and credentials too.
+
+        None where TensorStore cannot be told how this storage is reached; it then works through the storage itself.
+        """
+        ...
+
+
+@runtime_checkable
+class ListsInOrder(Protocol):
+    """A storage that lists keys in the order of their UTF-8 bytes, from any point on, many for one request."""
+
+    def keys_after(self, prefix: str, key: str) -> Sequence[str]:
+        """Return the first keys below a prefix that come after a key, at all depths; none if there are no more.
+
+        At most a thousand or so, which is what one request returns. `key` begins with the prefix or is "".
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Upload:
+    """An upload of an object in parts that was neither completed nor aborted: its key, its id, and when it began."""
+
+    key: str
+    id: str
+    started: float
+
+
+@runtime_checkable
+class FindsUploads(Protocol):
+    """A storage in which the parts of an upload stay, invisible and paid for, when its writer dies."""
+
+    def uploads(self, prefix: str) -> Iterable[Upload]:
+        """Return the unfinished uploads of keys below a prefix."""
+        ...
+
+    def abort_upload(self, upload: Upload) -> None:
+        """Give an upload up, and remove its parts; what is gone already is no error."""
+        ...
+
+
+@runtime_checkable
+class TellsTime(Protocol):
+    """A storage with a clock of its own."""
+
+    def time(self) -> float:
+        """Return what the storage's clock says, in seconds since the epoch."""
         ...
 
 

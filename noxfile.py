@@ -15,13 +15,24 @@ nox.options.error_on_missing_interpreters = True
 nox.options.reuse_venv = "yes"
 nox.options.sessions = ["lint", "types", "imports", "tests", "torch", "digits", "docs"]
 
-FOLDERS = ("./core", "./backends/posix", "./plugins/safetensors", "./plugins/tensorstore", "./plugins/zarr", ".[all]")
+FOLDERS = (
+    "./core",
+    *("./backends/gcs", "./backends/posix", "./backends/s3"),
+    *("./plugins/safetensors", "./plugins/tensorstore", "./plugins/zarr"),
+    ".[all]",
+)
 PACKAGES = tuple(word for folder in FOLDERS for word in ("-e", folder))
-MODULES = ("milepost", "milepost_posix", "milepost_safetensors", "milepost_tensorstore", "milepost_zarr")
+MODULES = (
+    "milepost",
+    *("milepost_gcs", "milepost_posix", "milepost_s3"),
+    *("milepost_safetensors", "milepost_tensorstore", "milepost_zarr"),
+)
 GROUPS = {
     name: nox.project.dependency_groups(nox.project.load_toml("pyproject.toml"), name)
     for name in ("benchmark", "docs", "example", "lint", "test", "torch", "types")
 }
+ANYWHERE = "not gcc and not torch and not wire"
+"""The tests whose outcome may depend on the versions of Python and of libraries."""
 
 
 @nox.session
@@ -57,6 +68,23 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+@nox.parametrize("backend", ["gcs", "posix", "s3"])
+def backend(session: nox.Session, backend: str) -> None:
+    """Run the tests of one backend alone."""
+    session.install(*PACKAGES, *GROUPS["test"])
+    session.run("pytest", f"tests/{backend}", *session.posargs)
+
+
+@nox.session
+@nox.parametrize("writer", ["safetensors", "tensorstore", "zarr"])
+@nox.parametrize("backend", ["file", "gcs", "s3"])
+def system(session: nox.Session, backend: str, writer: str) -> None:
+    """Run what must hold everywhere on one backend, with one array writer."""
+    session.install(*PACKAGES, *GROUPS["test"])
+    session.run("pytest", "tests/system", "-k", f"{backend} and {writer}", *session.posargs)
+
+
+@nox.session
 def torch(session: nox.Session) -> None:
     """Run the tests that need PyTorch, some gigabytes of it."""
     session.install(*PACKAGES, *GROUPS["torch"])
@@ -67,14 +95,14 @@ def torch(session: nox.Session) -> None:
 def matrix(session: nox.Session) -> None:
     """Run the tests on every Python that milepost supports; what a crash leaves behind does not depend on it."""
     session.install(*PACKAGES, *GROUPS["test"])
-    session.run("pytest", "--numprocesses=auto", "--maxprocesses=8", "-m", "not gcc and not torch", *session.posargs)
+    session.run("pytest", "--numprocesses=auto", "--maxprocesses=8", "-m", ANYWHERE, *session.posargs)
 
 
 @nox.session(python="3.11", venv_backend="uv")
 def minimums(session: nox.Session) -> None:
     """Run the tests with the oldest of everything that the packages say they work with; no crashes here either."""
     session.install("--resolution=lowest-direct", "-e", "./core[cli,jax]", *PACKAGES, *GROUPS["test"])
-    session.run("pytest", "--numprocesses=auto", "--maxprocesses=8", "-m", "not gcc and not torch", *session.posargs)
+    session.run("pytest", "--numprocesses=auto", "--maxprocesses=8", "-m", ANYWHERE, *session.posargs)
 
 
 @nox.session

@@ -20,7 +20,9 @@ FOLDERS = {
 }
 MODULES = {
     "milepost-core": "milepost",
+    "milepost-gcs": "milepost_gcs",
     "milepost-posix": "milepost_posix",
+    "milepost-s3": "milepost_s3",
     "milepost-safetensors": "milepost_safetensors",
     "milepost-tensorstore": "milepost_tensorstore",
     "milepost-zarr": "milepost_zarr",
@@ -29,9 +31,9 @@ MODULES = {
 USE = """
 import sys
 import numpy as np
-import milepost, milepost_posix, milepost_safetensors, milepost_tensorstore, milepost_zarr
+import milepost, milepost_gcs, milepost_posix, milepost_s3, milepost_safetensors, milepost_tensorstore, milepost_zarr
 
-for module in (milepost, milepost_posix, milepost_safetensors, milepost_tensorstore, milepost_zarr):
+for module in (milepost, milepost_gcs, milepost_posix, milepost_s3, milepost_safetensors, milepost_tensorstore, milepost_zarr):
     assert module.__file__.startswith(sys.prefix), module.__file__
 for step, writer in enumerate(("safetensors", "tensorstore", "zarr")):
     with milepost.configured({"default": {"arrays": writer}}):

@@ -46,13 +46,19 @@ STORAGE, COMMIT, ARRAYS, LAYOUTS, PLUGINS = GROUPS = (
 """The groups of entry points in which packages claim names."""
 
 OURS = frozenset(
-    {"milepost", "milepost-core", "milepost-posix", "milepost-safetensors", "milepost-tensorstore", "milepost-zarr"}
+    {
+        *("milepost", "milepost-core"),
+        *("milepost-gcs", "milepost-posix", "milepost-s3"),
+        *("milepost-safetensors", "milepost-tensorstore", "milepost-zarr"),
+    }
 )
 """The distributions of this project, which `MILEPOST_DISABLE_PLUGINS=all` spares."""
 
 HINTS: Mapping[tuple[str, str], str] = MappingProxyType(
     {
         (STORAGE, "file"): "milepost-posix",
+        (STORAGE, "gs"): "milepost-gcs",
+        (STORAGE, "s3"): "milepost-s3",
         (COMMIT, "rename"): "milepost-posix",
         (ARRAYS, "safetensors"): "milepost-safetensors",
         (ARRAYS, "tensorstore"): "milepost-tensorstore",

@@ -7,12 +7,13 @@ whether their bytes are right, the array writer's record says.
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import TYPE_CHECKING
 
 from milepost.checksums import Running
 from milepost.manifest import FileEntry
-from milepost.protocols import KeepsFolders, NamesDriver
+from milepost.protocols import KeepsFolders, NamesDriver, PrefersLargeRequests
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -57,6 +58,16 @@ class RecordingStorage:
     def commit(self) -> str:
         """The commit strategy that fits the storage underneath."""
         return self._storage.commit
+
+    @property
+    def request_bytes(self) -> int:
+        """How many bytes a request to the storage underneath should move."""
+        return self._storage.request_bytes if isinstance(self._storage, PrefersLargeRequests) else 1
+
+    @property
+    def writes_at_once(self) -> int:
+        """How many objects to write at once at the most."""
+        return self._storage.writes_at_once if isinstance(self._storage, PrefersLargeRequests) else sys.maxsize
 
     def files(self) -> list[FileEntry]:
         """Return what was written so far."""
@@ -110,7 +121,7 @@ class _RecordingFolders(RecordingStorage):
 
 
 class _RecordingDriver(RecordingStorage):
-    def kvstore(self, prefix: str) -> Mapping[str, Json]:
+    def kvstore(self, prefix: str) -> Mapping[str, Json] | None:
         """Return the specification of a prefix in the storage underneath."""
         storage = self._storage
         assert isinstance(storage, NamesDriver)  # noqa: S101 - `recording` chose this class by it

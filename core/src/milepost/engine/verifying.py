@@ -18,6 +18,7 @@ from milepost.attempts import parse_attempt
 from milepost.checksums import Running
 from milepost.dtypes import known_dtypes
 from milepost.errors import NotFoundError, PluginError, StorageError
+from milepost.fixed import CLAIM
 from milepost.plugins import Plugins, installed
 from milepost.protocols import (
     COMMIT_OBJECT,
@@ -123,7 +124,7 @@ def strangers(checkpoint: Checkpoint) -> list[str]:
 
 
 def _is_of_an_attempt(name: str) -> bool:
-    return parse_attempt(name.removesuffix("/").partition(".")[0]) is not None
+    return name == CLAIM or parse_attempt(name.removesuffix("/").partition(".")[0]) is not None
 
 
 def _unlisted(checkpoint: Checkpoint, prefix: str, files: set[str], folders: set[str]) -> Iterator[str]:
@@ -341,7 +342,7 @@ class _WatchedFolders(_Watched):
 
 
 class _WatchedDriver(_Watched):
-    def kvstore(self, prefix: str) -> Mapping[str, Json]:
+    def kvstore(self, prefix: str) -> Mapping[str, Json] | None:
         """Return the specification of a prefix; what is read there is not noted."""
         storage = self._storage
         assert isinstance(storage, NamesDriver)  # noqa: S101 - `_watching` chose this class by it

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import queue
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeAlias
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import xxhash
 from milepost.errors import ChecksumError, MismatchError, MissingDataError, NotFoundError
-from milepost.protocols import Box, MapsFiles, ReadsInto
+from milepost.protocols import Box, MapsFiles, PrefersLargeRequests, ReadsInto
 
 from milepost_safetensors.layout import ALIGN, BLOCK, SMALL, intersect, spans, uncovered
 
@@ -32,6 +33,10 @@ __all__ = ["read"]
 
 _GROUP = 1 << 20
 """What small pieces are read in; small too, because one of them that lives on keeps all of it."""
+
+
+_GAP = 1 << 20
+"""How many bytes that nobody wants are read rather than asked around, where a request costs more."""
 
 
 class _Wanted:
@@ -64,6 +69,7 @@ class _Wanted:
 
 
 _Users: TypeAlias = "list[tuple[_Wanted, Box]]"
+_Block: TypeAlias = "tuple[Stored, int, _Users]"
 _Task: TypeAlias = "tuple[list[_Wanted], Callable[[], None]]"
 _Done: TypeAlias = "queue.SimpleQueue[tuple[list[_Wanted], BaseException | None]]"
 
@@ -114,6 +120,7 @@ class _Reader:
         self._maps: dict[str, memoryview] = {}
         self._given: dict[tuple[str, int], list[tuple[int, int]]] = {}
         self._scratch = threading.local()
+        self._run_bytes = _run_bytes(location, options)
         furthest: dict[str, Stored] = {}
         for one in wanted:
             for piece, _ in one.parts:
@@ -161,9 +168,10 @@ class _Reader:
             for piece, part in one.parts:
                 uses.setdefault(id(piece), (piece, []))[1].append((one, part))
         groups: list[list[tuple[Stored, _Users]]] = []
+        blocks: list[_Block] = []
         for piece, users in sorted(uses.values(), key=lambda use: (use[0].file.name, use[0].offset)):
             if piece.nbytes >= SMALL:
-                tasks.extend(self._blocks(piece, users))
+                blocks.extend(_blocks(piece, users))
             elif groups and _near(groups[-1], piece):
                 groups[-1].append((piece, users))
             else:
@@ -171,6 +179,9 @@ class _Reader:
         for group in groups:
             sharing = [one for _, users in group for one, _ in users]
             tasks.append((sharing, functools.partial(self._read_group, group)))
+        for run in self._runs(blocks):
+            sharing = [one for _, _, users in run for one, _ in users]
+            tasks.append((sharing, functools.partial(self._read_run, run)))
         for sharing, _ in tasks:
             for one in sharing:
                 one.waits += 1
@@ -197,13 +208,50 @@ class _Reader:
 
     # --- blocks of large pieces ---
 
-    def _blocks(self, piece: Stored, users: _Users) -> Iterator[_Task]:
-        sharing: dict[int, _Users] = {}
-        for user in users:
-            for number in piece.cut.touched(user[1], piece.box):
-                sharing.setdefault(number, []).append(user)
-        for number, some in sharing.items():
-            yield [one for one, _ in some], functools.partial(self._read_block, piece, number, some)
+    def _runs(self, blocks: Iterable[_Block]) -> Iterator[list[_Block]]:
+        """Join blocks that lie close together where a request costs more than the bytes of one."""
+        run: list[_Block] = []
+        for block in blocks:
+            alone = not self._is_read_whole(block)
+            if run and (alone or not self._fits(run, block)):
+                yield run
+                run = []
+            run.append(block)
+            if alone:
+                yield run
+                run = []
+        if run:
+            yield run
+
+    def _fits(self, run: list[_Block], block: _Block) -> bool:
+        near = _extent([run[-1], block]) - _extent([run[-1]]) - _extent([block]) <= _GAP
+        return near and _extent([run[0], block]) <= self._run_bytes
+
+    def _is_read_whole(self, block: _Block) -> bool:
+        piece, number, users = block
+        if self._options.verify and piece.sums:
+            return True
+        frame = piece.cut.box(number, piece.box)
+        return any(intersect(part, frame) == frame for _, part in users)
+
+    def _read_run(self, run: list[_Block]) -> None:
+        """Read blocks by one request and share them out; a block alone needs no detour."""
+        if len(run) == 1:
+            self._read_block(*run[0])
+            return
+        low, last = _start(run[0]), run[-1]
+        data = self._scratch_bytes(_extent(run))
+        self._fill(last[0], low, data.data)
+        for piece, number, users in run:
+            frame, (start, stop) = piece.cut.box(number, piece.box), piece.cut.span(number)
+            at = piece.offset + start - low
+            block = data[at : at + stop - start]
+            if self._options.verify:
+                self._check(piece, number, block.data)
+            for one, part in users:
+                if (common := intersect(part, frame)) is not None:
+                    region = one.region(common)
+                    region[...] = _region(np.ndarray(frame.shape, region.dtype, block), common, frame)
 
     def _read_block(self, piece: Stored, number: int, users: _Users) -> None:
         frame, (start, stop) = piece.cut.box(number, piece.box), piece.cut.span(number)
@@ -233,7 +281,7 @@ class _Reader:
 
     def _scratch_bytes(self, size: int) -> Array:
         if not hasattr(self._scratch, "bytes"):
-            self._scratch.bytes = _aligned(BLOCK)
+            self._scratch.bytes = _aligned(max(BLOCK, self._run_bytes))
         scratch: Array = self._scratch.bytes
         return scratch[:size]
 
@@ -313,6 +361,36 @@ class _Reader:
         return MissingDataError(
             f"array {piece.array!r} cannot be read: file {key!r} has {size} bytes where {piece.file.size} were written"
         )
+
+
+def _run_bytes(location: Location, options: ReadOptions) -> int:
+    """Return how many bytes to read by one request, if they belong to several blocks; 0: no block is joined."""
+    storage = location.storage
+    if not isinstance(storage, PrefersLargeRequests):
+        return 0
+    return min(storage.request_bytes, max(BLOCK, options.budget // (4 * options.threads)))
+
+
+def _blocks(piece: Stored, users: _Users) -> Iterator[_Block]:
+    sharing: dict[int, _Users] = {}
+    for user in users:
+        for number in piece.cut.touched(user[1], piece.box):
+            sharing.setdefault(number, []).append(user)
+    for number in sorted(sharing):
+        yield piece, number, sharing[number]
+
+
+def _start(block: _Block) -> int:
+    piece, number, _ = block
+    return int(piece.offset + piece.cut.span(number)[0])
+
+
+def _extent(run: Sequence[_Block]) -> int:
+    """Return the bytes from the first to the last of some blocks; very many if they are in several files."""
+    (first, _, _), (last, number, _) = run[0], run[-1]
+    if first.file is not last.file:
+        return sys.maxsize
+    return int(last.offset + last.cut.span(number)[1]) - _start(run[0])
 
 
 def _run(users: list[_Wanted], act: Callable[[], None], done: _Done) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
+from milepost.protocols import PrefersLargeRequests
 
 from milepost_safetensors import dtypes, layout
 from milepost_safetensors.record import FORMAT
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["write"]
 
 _SLICE = 1 << 20
+_REQUESTS = 8  # that a file is worth, where they cost something
 
 
 class _StoppedError(Exception):
@@ -41,7 +43,8 @@ def write(location: Location, pieces: Sequence[Piece], options: WriteOptions) ->
         slots = [_slot(piece) for piece in pieces]
         _refuse_twins(slots)
         largest = max((slot.nbytes for slot in slots if not slot.piece.view), default=0)
-        most = min(options.threads, options.budget // largest) if largest else options.threads
+        threads = _most_files(location, options, sum(slot.nbytes for slot in slots))
+        most = min(threads, options.budget // largest) if largest else threads
         files = [_File(location, number, lane, stop) for number, lane in enumerate(layout.lanes(slots, most))]
     if len(files) == 1:
         files[0].write()
@@ -49,6 +52,15 @@ def write(location: Location, pieces: Sequence[Piece], options: WriteOptions) ->
         _write_all(files, stop, max(most, 1))
     with _resting_collector():
         return {"format": FORMAT, "files": [file.record() for file in files]}
+
+
+def _most_files(location: Location, options: WriteOptions, nbytes: int) -> int:
+    """Return how many files may be written at once."""
+    storage = location.storage
+    if not isinstance(storage, PrefersLargeRequests):
+        return options.threads
+    # Each file costs requests of its own, which a few large ones have to be worth.
+    return max(1, min(options.threads, storage.writes_at_once, nbytes // (_REQUESTS * storage.request_bytes)))
 
 
 @contextlib.contextmanager

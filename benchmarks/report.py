@@ -11,6 +11,7 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 import overheads
+import stores
 import workloads
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def render(results: Results) -> str:
     parts += [_times(name, times) for name, times in results["times"].items()]
     parts += [_steps(results["steps"])] if results["steps"] else []
     parts += [_memory(results["memory"])] if results["memory"] else []
+    parts += [_stores(results["stores"])] if results.get("stores") else []
     parts += [_imports(results["imports"])] if "imports" in results else []
     parts += [_engine(results["engine"])] if "engine" in results else []
     return "\n".join(parts)
@@ -145,6 +147,12 @@ def _other_targets(results: Results) -> Iterator[Target]:
             seconds = results.get("engine", {}).get(str(size))
             own = None if seconds is None else overheads.per_leaf(seconds, size, verb)[1]
             yield Target(f"engine's {verb} of {size:,} leaves, beyond JAX's price per leaf", 20, own, "µs")
+    for name in ("W4", "W3"):
+        for store in stores.STORES:
+            measured = results.get("stores", {}).get(name)
+            count = None if measured is None else measured[store]["requests"]["milepost save"]
+            most = stores.most_requests(0 if measured is None else measured["bytes"])
+            yield Target(f"requests of a save of {name} to `{store}://`", most, count, "requests")
     seconds = results.get("imports", {}).get("milepost over numpy")
     milliseconds = None if seconds is None else statistics.median(seconds) * 1000
     yield Target("`import milepost` over numpy", 100, milliseconds, "ms")
@@ -194,6 +202,21 @@ def _memory(memory: Results) -> str:
     for key in rows:
         cells = (f"{max(0, one[key]['extra']) / MIB:,.0f}" if key in one else "" for one in memory.values())
         lines.append(f"| {_words(key)} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def _stores(measured: Results) -> str:
+    lines = ["## Object stores", ""]
+    lines += ["The server for tests, in a process of its own; `plain` is the same bytes as one object by the same"]
+    lines += ["client, s3fs or gcsfs, in parts of 16 MiB. Requests are those of the first save, or of a load.", ""]
+    lines += ["| | | seconds | least to most | beside plain | requests |", "|---" * 6 + "|"]
+    for name, one in measured.items():
+        for store in stores.STORES:
+            for key, samples in one[store]["seconds"].items():
+                spread = f"{_short(min(samples))} to {_short(max(samples))}"
+                ratio = _ratio(one[store], key, f"plain {key.rpartition(' ')[2]}")
+                cells = [f"{name}, `{store}://`", key, _short(statistics.median(samples)), spread]
+                lines.append(f"| {' | '.join(cells)} | {_short(ratio or 0)} x | {one[store]['requests'][key]} |")
     return "\n".join([*lines, ""])
 
 

@@ -35,8 +35,12 @@ HERE = Path(__file__).parent
 MEMORY_WORKLOADS = ("W1", "W2", "W5")
 MEMORY_LIBRARIES = ("orbax", "safetensors", "milepost", "milepost tensorstore", "milepost zarr")
 STEP_WORKLOADS = ("W1", "W2")
+STORE_WORKLOADS = ("W1", "W3", "W4")
 STEP_LIBRARIES = ("orbax", "milepost")
-VERSIONS = ("milepost-core", "jax", "jaxlib", "numpy", "orbax-checkpoint", "tensorstore", "safetensors", "zarr")
+VERSIONS = (
+    *("milepost-core", "jax", "jaxlib", "numpy"),
+    *("orbax-checkpoint", "tensorstore", "safetensors", "zarr", "s3fs", "gcsfs"),
+)
 IN_MEMORY = ("tmpfs", "ramfs")
 
 
@@ -45,7 +49,7 @@ def main() -> None:
     options = _options()
     root = Path(tempfile.mkdtemp(prefix="milepost-bench-", dir=options.root))
     results: dict[str, Any] = {"environment": _environment(root, options.repeat)}
-    results |= {"times": {}, "steps": {}, "memory": {}}
+    results |= {"times": {}, "steps": {}, "memory": {}, "stores": {}}
     if options.earlier:
         _take_over(results, json.loads(options.earlier.read_text(encoding="utf-8")), options.workloads.split(","))
     try:
@@ -66,7 +70,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--workloads", default=",".join(workloads.WORKLOADS), help="names, with commas between")
     parser.add_argument("--libraries", default=",".join(libraries.LIBRARIES), help="names, with commas between")
     parser.add_argument(
-        "--parts", default="times,steps,memory,imports,engine", help="what to measure, with commas between"
+        "--parts", default="times,steps,memory,stores,imports,engine", help="what to measure, with commas between"
     )
     parser.add_argument("--repeat", type=int, default=5, help="rounds; medians are reported")
     parser.add_argument("--root", default=tempfile.gettempdir(), help="a folder on the disk to measure")
@@ -78,8 +82,8 @@ def _options() -> argparse.Namespace:
 
 def _take_over(results: dict[str, Any], earlier: dict[str, Any], measured: list[str]) -> None:
     """Take what is not measured now from an earlier run."""
-    for part in ("times", "steps", "memory"):
-        results[part] |= {name: one for name, one in earlier[part].items() if name not in measured}
+    for part in ("times", "steps", "memory", "stores"):
+        results[part] |= {name: one for name, one in earlier.get(part, {}).items() if name not in measured}
     results |= {part: earlier[part] for part in ("imports", "engine") if part in earlier}
     taken = sorted({*results["times"], *(part for part in ("imports", "engine") if part in earlier)})
     results["environment"]["earlier"] = taken
@@ -105,6 +109,8 @@ def _measure(options: argparse.Namespace, root: Path, results: dict[str, Any]) -
             results["steps"][name] = _child("measure.py", job, root)
         if "memory" in parts and name in MEMORY_WORKLOADS:
             results["memory"][name] = _memory(name, _among(members, MEMORY_LIBRARIES), root)
+        if "stores" in parts and name in STORE_WORKLOADS:
+            results["stores"][name] = _child("stores.py", {"workload": name, "repeat": options.repeat}, root)
         yield
 
 

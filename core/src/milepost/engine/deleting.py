@@ -64,6 +64,12 @@ def delete(path: str | os.PathLike[str], *, missing_ok: bool = False, plugins: P
             return False
         raise
     except InvalidLayoutError as error:
+        if _is_completed(route):
+            if missing_ok:
+                return False
+            raise CheckpointNotFoundError(
+                f"cannot delete {route.route.url!r}: it was deleted before, and what was left of it is removed now"
+            ) from error
         ours, missing = False, error
     if ours:
         route.commit.delete(route.storage, route.route.name)
@@ -72,6 +78,16 @@ def delete(path: str | os.PathLike[str], *, missing_ok: bool = False, plugins: P
         _delete_foreign(route, committed=missing is None)
     plugins.tell("deleted", CheckpointEvent(route.route.url, seconds={"delete": time.perf_counter() - began}))
     return True
+
+
+def _is_completed(route: OpenRoute) -> bool:
+    """Go on with a deletion that was cut off; say whether nothing is left."""
+    name = route.route.name
+    # Where checkpoints vanish by one rename, what is without a commit object was never one of ours.
+    if RenamesPrefixes in route.commit.needs or exists(route.storage, f"{name}/{COMMIT_OBJECT}"):
+        return False
+    route.commit.delete(route.storage, name)
+    return not any(True for _ in route.storage.children(f"{name}/"))
 
 
 def _check_owned(route: OpenRoute, plugins: Plugins, error: InvalidLayoutError | None) -> None:

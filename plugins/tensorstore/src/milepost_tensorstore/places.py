@@ -1,15 +1,18 @@
 """Where TensorStore writes, and how the storage learns of it.
 
 The rule: TensorStore writes by a driver of its own wherever the storage names a place that it can reach, a folder of
-this machine or one behind a driver; the storage is told of every file afterwards. For any other storage it writes into
-a scratch folder, whose files go through the storage when they are complete.
+this machine or one behind a driver; the storage is told of every file afterwards. For any other storage, and where the
+driver cannot be told of an endpoint or of credentials, it writes into a scratch folder, whose files go through the
+storage when they are complete.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +34,7 @@ __all__ = ["NODES", "context", "database", "native", "note", "scratch_or_native"
 NODES = "d/n"
 """What the names of files with nodes of a tree begin with: they are told from those with data, which may be large."""
 
+_AT_ONCE = 16
 _BLOCK = 4 << 20
 _NODE_BYTES = 8 << 20
 _INLINE_BYTES = 1024
@@ -102,10 +106,16 @@ def scratch_or_native(location: Location, folder: str, fetch: Sequence[str] = ()
 
 def note(location: Location, files: Sequence[str]) -> None:
     """Tell the storage of files below a location that TensorStore wrote."""
-    storage = location.storage
-    if isinstance(storage, NotesFiles):
-        for file in files:
-            storage.note(location.prefix + file)
+    storage, keys = location.storage, [location.prefix + file for file in files]
+    if not isinstance(storage, NotesFiles):
+        return
+    if isinstance(storage, KeepsFolders):
+        for key in keys:
+            storage.note(key)
+        return
+    # Each is a request, and may be so many as there are arrays.
+    with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="milepost-note") as pool:
+        collections.deque(pool.map(storage.note, keys), maxlen=0)
 
 
 def _written(spec: Mapping[str, Json]) -> list[str]:
@@ -124,7 +134,8 @@ def _files(folder: Path) -> Iterator[str]:
     if (folder / MANIFEST).exists():
         yield MANIFEST
     if (folder / "d").is_dir():
-        yield from (f"d/{entry.name}" for entry in os.scandir(folder / "d") if entry.is_file())
+        with os.scandir(folder / "d") as entries:
+            yield from [f"d/{entry.name}" for entry in entries if entry.is_file()]
 
 
 def _fetch(location: Location, folder: str, scratch: Path) -> None:

@@ -6,7 +6,15 @@ import itertools
 import pytest
 from milepost import attempts, commit
 from milepost.commit import CreateCommit, MarkerCommit
-from milepost.errors import AbortedError, AlreadyExistsError, OutcomeUnknownError, StorageError, StorageFullError
+from milepost.errors import (
+    AbortedError,
+    AlreadyExistsError,
+    ConfigError,
+    OutcomeUnknownError,
+    StorageDeniedError,
+    StorageError,
+    StorageFullError,
+)
 from milepost.generic import FsspecStorage
 from milepost.memory import MemoryStorage
 from milepost.protocols import COMMIT_OBJECT, CreatesOnly, ReplacesObjects
@@ -127,9 +135,10 @@ def test_a_writer_that_was_overwritten_before_its_reply_was_lost_does_not_commit
         def change(self, act):
             done = act()
             if look(memory, strategy, "7") == "first":
-                # Changes 0 to 5: begin, two files, seal, retire the former attempt, replace the commit object.
+                # Begin, two files, seal, retire the former attempt, replace the commit object; and two probes.
+                done_by = 8 if isinstance(strategy, CreateCommit) else 6
                 with contextlib.suppress(PowerCut):
-                    save(CuttingStorage(memory, None if removed else 6), strategy, "7", "second", overwrite=True)
+                    save(CuttingStorage(memory, None if removed else done_by), strategy, "7", "second", overwrite=True)
                 raise StorageError("the connection was closed before the reply came")
             return done
 
@@ -263,3 +272,93 @@ def test_a_second_marker_writer_is_noticed_if_it_comes_at_the_same_time(memory):
     with pytest.raises(AlreadyExistsError):
         MarkerCommit().publish(Intruded(memory), staging, manifest)
     assert look(memory, MarkerCommit(), "7") == "intruder"
+
+
+# --- stores that do not keep what `create` needs ---------------------------------------------------------------------
+
+
+class Careless(WrappedStorage):
+    """A store that accepts conditions and ignores them."""
+
+    def create(self, key, buffers):
+        self.wrapped.write(key, buffers)
+
+    def replace(self, key, buffers, version):
+        self.wrapped.write(key, buffers)
+
+
+class CarelessReplacer(WrappedStorage):
+    """A store that honours create-only requests, and ignores the version of a replacement."""
+
+    def replace(self, key, buffers, version):
+        del version
+        self.change(lambda: self.wrapped.write(key, buffers))
+
+
+def test_a_store_that_ignores_create_only_requests_is_refused_before_a_byte_is_written(memory):
+    with pytest.raises(ConfigError, match="creates an object though there is one") as caught:
+        save(Careless(memory), CreateCommit(), "7", "new")
+    assert "commit = 'marker'" in caught.value.__notes__[0]
+    assert keys(memory) == []
+    save(Careless(memory), MarkerCommit(), "7", "new")
+    assert look(memory, MarkerCommit(), "7") == "new"
+
+
+def test_a_store_that_ignores_versions_is_refused_only_an_overwrite(memory):
+    storage, strategy = CarelessReplacer(memory), CreateCommit()
+    save(storage, strategy, "7", "old", overwrite=True)
+    before = keys(memory)
+    staging, manifest = staged(storage, strategy, "new")
+    with pytest.raises(ConfigError, match="replaces an object whatever its version is"):
+        strategy.publish(storage, staging, manifest, overwrite=True)
+    strategy.abandon(storage, staging)
+    assert look(memory, strategy, "7") == "old"
+    assert keys(memory) == before
+
+
+class Unreliable(WrappedStorage):
+    """A store whose first requests to create or replace fail, each perhaps after it was carried out."""
+
+    def __init__(self, storage, failures, *, done, kind=StorageError):
+        super().__init__(storage)
+        self.failures, self.done, self.kind, self.asked = failures, done, kind, 0
+
+    def change(self, act):
+        self.asked += 1
+        if self.asked > self.failures:
+            return act()
+        if self.done:
+            act()
+        raise self.kind("the connection was closed before the reply came")
+
+
+@pytest.mark.parametrize("done", [False, True])
+@pytest.mark.parametrize("failures", [1, 3])
+def test_a_failure_proves_neither_that_a_condition_is_honoured_nor_that_it_is_not(memory, failures, done):
+    staging = CreateCommit().stage(Unreliable(memory, failures, done=done), "7", dead_attempt())
+    assert keys(memory) == [f"{staging.prefix}begun"]
+    with pytest.raises(ConfigError):
+        CreateCommit().stage(Unreliable(Careless(memory), failures, done=done), "7", dead_attempt())
+
+
+@pytest.mark.parametrize("kind", [StorageError, StorageFullError, StorageDeniedError])
+def test_a_store_that_never_answers_is_not_asked_for_ever_and_nothing_is_left(memory, kind):
+    storage = Unreliable(memory, 1000, done=False, kind=kind)
+    with pytest.raises(kind):
+        CreateCommit().stage(storage, "7", dead_attempt())
+    assert storage.asked < 20
+    assert keys(memory) == []
+
+
+def test_a_save_that_is_swept_while_it_begins_is_told_so(memory):
+    class Swept(WrappedStorage):
+        def change(self, act):
+            done = act()
+            if self.wrapped.children("7/"):
+                sweep(self.wrapped, CreateCommit())
+                self.change = lambda act: act()
+            return done
+
+    with pytest.raises(AbortedError):
+        CreateCommit().stage(Swept(memory), "7", dead_attempt())
+    assert keys(memory) == []

@@ -207,9 +207,9 @@ def test_an_unknown_scheme_is_named():
 
 
 def test_a_scheme_whose_package_is_missing_names_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "s3fs", None)
-    _, notes = refused("s3://bucket/7", errors.PluginNotFoundError)
-    assert "pip install s3fs" in notes
+    monkeypatch.setitem(sys.modules, "adlfs", None)
+    _, notes = refused("abfs://bucket/7", errors.PluginNotFoundError)
+    assert "pip install adlfs" in notes
 
 
 @pytest.mark.parametrize("path", ["/", "file:///", "memory://", "memory://bucket"])

@@ -111,12 +111,12 @@ def test_of_two_overwrites_either_is_whole_in_every_order_of_their_commits(memor
             staging = strategy.stage(memory, "7", dead_attempt())
             yield functools.partial(published, staging, write(memory, staging, text))
 
-    each = 5  # seal, retire the former, replace the commit object, and remove the former: from here on anybody may
+    each = 6  # seal, probe, retire the former, replace the commit object, remove the former: from here on anybody may
     tried = 0
     for order in orders(each, each):
         assert_either(memory, strategy, interleave(memory, order, *acts()))
         tried += 1
-    assert tried == math.comb(10, 5)
+    assert tried == math.comb(12, 6)
 
 
 def test_of_two_overwrites_either_is_whole_in_many_orders_of_all_their_calls(memory, strategy):
@@ -183,7 +183,8 @@ class LooksBeforeItWrites(CreateCommit):
     """Create-only as fsspec and many emulators have it."""
 
     def _create(self, storage, key, body):
-        if key.rpartition("/")[2] in set(storage.children("7/")):
+        folder, _, name = key.rpartition("/")
+        if name in set(storage.children(f"{folder}/")):
             raise AlreadyExistsError(key)
         storage.write(key, [body])
 

@@ -329,7 +329,7 @@ def test_a_step_under_way_is_listed_and_waited_for(root, begin, watch):
     sequence, opened = begin(root), threading.Event()
 
     def act(when, verb, key):
-        if verb == "write" and threading.current_thread() is not threading.main_thread():
+        if verb in {"write", "change"} and threading.current_thread() is not threading.main_thread():
             assert opened.wait(60)
 
     watch.act = act

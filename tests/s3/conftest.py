@@ -35,7 +35,14 @@ def server(running):
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
     """Be a machine that was told nothing but credentials, which are not right anywhere."""
-    for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_SESSION_TOKEN"):
+    for name in (
+        "AWS_PROFILE",
+        "AWS_ENDPOINT_URL",
+        "AWS_ENDPOINT_URL_S3",
+        "AWS_REGION",
+        "AWS_SESSION_TOKEN",
+        "AWS_CA_BUNDLE",
+    ):
         monkeypatch.delenv(name, raising=False)
     env = {
         "AWS_ACCESS_KEY_ID": "id",

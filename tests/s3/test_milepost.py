@@ -85,7 +85,7 @@ def test_a_second_client_that_has_listed_before_sees_what_the_first_one_saves(to
     with v1.training.Checkpointer("s3://bucket/run") as watching:
         assert watching.latest is None
         with v1.training.Checkpointer("s3://bucket/run") as saving:
-            saving.save_pytree(3, state(3))
+            saving.save(3, state(3))
         watching.reload()
         assert watching.latest.step == 3
-        assert_equal(state(3), watching.load_pytree())
+        assert_equal(state(3), watching.load())

@@ -37,8 +37,14 @@ class TestS3StorageOnMoto(StorageContract):
     def test_of_many_replacers_of_one_version_exactly_one_wins(self, storage, other):
         pytest.skip("moto ignores If-Match at the end of an upload, which the same bytes once more are sent as")
 
+    def test_an_upload_is_found_while_it_is_under_way_and_cannot_be_completed_once_it_is_given_up(self, storage, other):
+        pytest.skip("moto says of every upload that it began in 2010")
+
 
 class TestCreateCommitOnMoto(CommitContract):
+    # What is left behind by whom is the strategy's doing, and the same on every store.
+    test_the_power_may_be_cut_before_every_change = None
+
     @pytest.fixture
     def storage(self, opened):
         return opened()

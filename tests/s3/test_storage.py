@@ -292,6 +292,12 @@ def test_at_home_tensorstore_is_told_the_region_and_no_endpoint():
     assert "endpoint" not in spec
 
 
+def test_certificates_of_ones_own_are_nothing_that_tensorstore_can_be_told(monkeypatch):
+    monkeypatch.setenv("AWS_CA_BUNDLE", "/etc/ssl/certs/of-our-own.pem")
+    assert S3Storage("s3://bucket/run", endpoint_url="https://store").kvstore("") is None
+    assert S3Storage("s3://bucket/run", endpoint_url="http://store").kvstore("")["endpoint"] == "http://store"
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -409,6 +415,12 @@ def test_a_fault_that_lasts_is_told_with_what_was_tried_how_often(opened, server
     with pytest.raises(StorageError, match=r"^cannot .*'s3://bucket/run/.*(SlowDown|503).*, 3 times$"):
         ACTS[act](storage)
     assert len(server.requests) == 3
+
+
+def test_credentials_that_expired_are_told_as_such(opened, server):
+    server.rule("status", status=400, code="ExpiredToken")
+    with pytest.raises(StorageDeniedError, match="ExpiredToken"):
+        opened().read("key")
 
 
 def test_a_refusal_is_not_repeated(opened, server):

@@ -99,7 +99,7 @@ class Power:
     def cut(self, at: int | None) -> Iterator[list[Any]]:
         """Cut the power before change number `at`, counted from 0, for as long as the context lasts."""
         self._at, self._opened = at, []
-        manager = installed()._manager  # noqa: SLF001 - a plugin for some lines only, which no package could be
+        manager = installed()._manager
         manager.register(self)
         try:
             yield self._opened

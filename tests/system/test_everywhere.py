@@ -19,7 +19,6 @@ from milepost.engine.verifying import verify
 from milepost.errors import AlreadyExistsError, CheckpointNotFoundError, InvalidLayoutError
 from milepost.testing.commit import SCENARIOS, power_cuts
 from milepost.testing.faults import PowerCut, emptied, keys
-
 from system.states import equal, sharded, small, state
 
 
@@ -128,7 +127,7 @@ def test_the_power_may_be_cut_before_any_change_of_a_save(root, writer, power, o
         milepost.save(root.path("7"), small("new"), overwrite=bool(old))
     changes = max(each.changes for each in opened)
     assert changes > 3
-    for at in range(0, changes, max(1, changes // 12)):
+    for at in range(0, changes, max(1, changes // 8)):
         prepared()
         with power.cut(at), pytest.raises(PowerCut):
             milepost.save(root.path("7"), small("new"), overwrite=bool(old))

@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-collect_ignore = ["orbax_reads.py", "we_read.py"]
+collect_ignore = ["orbax_on_gs.py", "orbax_reads.py", "we_read.py"]

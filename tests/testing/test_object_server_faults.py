@@ -353,6 +353,14 @@ def test_after_a_kill_nobody_is_answered_until_it_thaws(server, client, writer):
     assert client.put("/bucket/a").status == 200
 
 
+def told_to(sock, data):
+    try:
+        sock.sendall(data)
+        return sock.recv(100)
+    except OSError:
+        return b""
+
+
 def test_what_was_asked_before_a_thaw_never_happens(server, client, writer):
     address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
     asked = b"PUT /bucket/late HTTP/1.1\r\nContent-Length: 4\r\n\r\nda"
@@ -361,14 +369,10 @@ def test_what_was_asked_before_a_thaw_never_happens(server, client, writer):
         server.rule("kill_before", pid=writer.pid)
         writer.communicate(b"\n", 30)
         late.sendall(asked + b"ta")
-        server.thaw()
-        for sock in (early, late):
-            try:
-                sock.sendall(b"ta")
-                told = sock.recv(100)
-            except OSError:
-                told = b""
-            assert told == b""
+        with socket.create_connection(address, 30) as frozen:
+            server.thaw()
+            for sock, rest in ((early, b"ta"), (late, b""), (frozen, asked + b"ta")):
+                assert told_to(sock, rest) == b""
     assert client.put("/bucket/a").status == 200
     assert server.store.keys("bucket") == ["a"]
 

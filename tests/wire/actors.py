@@ -1,7 +1,7 @@
 """Processes that save to a store and may be killed by it: one that has everything imported forks one for each act.
 
-The rule: the parent never saves anything itself, so that it has no threads and every child starts from the same state. A
-child waits until it is told to go, so that whoever is to kill it can learn its number first.
+The rule: the parent never saves anything itself, so that it has no threads and every child starts from the same state.
+A child waits until it is told to go, so that whoever is to kill it can learn its number first.
 """
 
 from __future__ import annotations

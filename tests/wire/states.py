@@ -1,7 +1,7 @@
 """What is saved to stores in these tests, and what a store holds, read without asking milepost.
 
-The rule: what is visible is judged from the bytes in the store: the commit object, the files it lists, and the arrays in
-them, unpacked by a reader of the tests' own.
+The rule: what is visible is judged from the bytes in the store: the commit object, the files it lists, and the arrays
+in them, unpacked by a reader of the tests' own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from milepost.testing.objects import ObjectServer
 
-__all__ = ["BUCKET", "LABELS", "TornError", "holding", "label_of", "leftovers", "tree"]
+__all__ = ["BUCKET", "LABELS", "TornError", "holding", "label_of", "leftovers", "restore", "snapshot", "tree"]
 
 BUCKET = "bucket"
 LABELS = ("older", "old", "new", "other", "next")
@@ -67,6 +67,21 @@ def holding(server: ObjectServer, name: str) -> str | None:
         if _bits(state(label)) <= _bits(arrays):
             return label
     raise TornError(f"{name!r} holds arrays that were never saved together: {list(arrays)}")
+
+
+def snapshot(server: ObjectServer) -> dict[str, bytes]:
+    """Return everything that a store holds."""
+    return {key: bytes(server.store.get(BUCKET, key)) for key in server.store.keys(BUCKET)}
+
+
+def restore(server: ObjectServer, objects: Mapping[str, bytes]) -> None:
+    """Let a store without faults hold this and nothing else, and have no memory of requests."""
+    server.clear_rules()
+    server.thaw()
+    server.store.clear()
+    for key, data in objects.items():
+        server.store.put(BUCKET, key, data)
+    server.forget()
 
 
 def leftovers(server: ObjectServer, *names: str) -> list[str]:

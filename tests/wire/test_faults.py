@@ -10,7 +10,7 @@ import pytest
 from milepost.engine.sweeping import sweep
 from milepost.errors import MilepostError, OutcomeUnknownError, RequestError
 from wire.conftest import settings
-from wire.states import holding, label_of, leftovers, tree
+from wire.states import holding, label_of, leftovers, restore, snapshot, tree
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,23 +66,22 @@ def attempted(act: Callable[[], object]) -> MilepostError | None:
     return None
 
 
-def afresh(place, *, old: bool) -> None:
-    place.server.clear_rules()
-    place.server.store.clear()
+def prepared(place, *, old: bool) -> dict[str, bytes]:
+    """Return what the store holds before each attempt: an older checkpoint, and perhaps one under the name itself."""
     milepost.save(place.url("run/5"), tree("older"))
     if old:
         milepost.save(place.url("run/7"), tree("old"))
-    place.server.forget()
+    return snapshot(place.server)
 
 
 @pytest.mark.parametrize("kind", PASSING)
 @pytest.mark.parametrize("old", [False, True], ids=["save", "overwrite"])
 def test_a_save_outlives_one_fault_at_any_request(place, kind, old):
-    afresh(place, old=old)
+    before = prepared(place, old=old)
     count = requests_of(place, save(place, overwrite=old))
     assert count > 5
     for at in range(1, count + 1):
-        afresh(place, old=old)
+        restore(place.server, before)
         fault(place, at, PASSING[kind])
         error = attempted(save(place, overwrite=old))
         place.server.clear_rules()
@@ -94,32 +93,32 @@ def test_a_save_outlives_one_fault_at_any_request(place, kind, old):
 
 @pytest.mark.parametrize("kind", LASTING)
 @pytest.mark.parametrize("old", [False, True], ids=["save", "overwrite"])
-def test_a_save_that_a_lasting_fault_ends_says_so_and_shows_nothing(place, kind, old):
-    afresh(place, old=old)
+def test_a_save_that_a_lasting_fault_ends_says_so_and_shows_nothing(place, kind, old, monkeypatch):
+    monkeypatch.setenv("MILEPOST_TOML", settings(timeout=20.0, retries=1))
+    before = prepared(place, old=old)
     count = requests_of(place, save(place, overwrite=old))
     failed = 0
     for at in range(1, count + 1):
-        afresh(place, old=old)
+        restore(place.server, before)
         fault(place, at, LASTING[kind])
         error = attempted(save(place, overwrite=old))
         place.server.clear_rules()
-        found = holding(place.server, "run/7")
-        before = "old" if old else None
+        found, former = holding(place.server, "run/7"), "old" if old else None
         if error is None:
             assert found == "new"
         elif isinstance(error, OutcomeUnknownError):
-            assert found in {before, "new"}
+            assert found in {former, "new"}
         else:
             failed += 1
             assert not isinstance(error, RequestError), f"request {at}: {error!r} blames the caller"
-            assert found == before, f"request {at} of {count}: {error!r}"
+            assert found == former, f"request {at} of {count}: {error!r}"
         assert holding(place.server, "run/5") == "older"
     assert failed > 0
 
 
 @pytest.mark.parametrize("kind", PASSING)
 def test_a_load_outlives_one_fault_at_any_request(place, kind):
-    afresh(place, old=True)
+    prepared(place, old=True)
     count = requests_of(place, lambda: milepost.load(place.url("run/7")))
     for at in range(1, count + 1):
         fault(place, at, PASSING[kind])
@@ -127,8 +126,9 @@ def test_a_load_outlives_one_fault_at_any_request(place, kind):
 
 
 @pytest.mark.parametrize("kind", LASTING)
-def test_a_load_that_a_lasting_fault_ends_says_so(place, kind):
-    afresh(place, old=True)
+def test_a_load_that_a_lasting_fault_ends_says_so(place, kind, monkeypatch):
+    monkeypatch.setenv("MILEPOST_TOML", settings(timeout=20.0, retries=1))
+    prepared(place, old=True)
     count = requests_of(place, lambda: milepost.load(place.url("run/7")))
     for at in range(1, count + 1):
         fault(place, at, LASTING[kind])
@@ -139,13 +139,13 @@ def test_a_load_that_a_lasting_fault_ends_says_so(place, kind):
 
 @pytest.mark.parametrize("act", ["save", "load"])
 def test_a_server_that_never_answers_ends_in_an_error(place, act, monkeypatch):
-    afresh(place, old=True)
+    before = prepared(place, old=True)
     monkeypatch.setenv("MILEPOST_TOML", settings(timeout=0.5, retries=1))
     call = save(place, overwrite=True) if act == "save" else lambda: milepost.load(place.url("run/7"))
     count = requests_of(place, call)
     # The first request, one in the middle, the last: each takes as long as all the tries that are allowed.
     for at in {1, count // 2 + 1, count}:
-        afresh(place, old=True)
+        restore(place.server, before)
         rule = place.server.rule("stall", nth=at, times=None)
         error = attempted(call)
         assert rule.reached.is_set()
@@ -155,9 +155,9 @@ def test_a_server_that_never_answers_ends_in_an_error(place, act, monkeypatch):
 
 
 def test_what_a_failed_save_could_not_remove_is_found_by_a_sweep(place):
-    afresh(place, old=False)
+    before = prepared(place, old=False)
     count = requests_of(place, save(place))
-    afresh(place, old=False)
+    restore(place.server, before)
     place.server.rule("status", status=503, nth=count - 1, times=None)
     assert attempted(save(place)) is not None
     place.server.clear_rules()

@@ -6,7 +6,7 @@ import signal
 
 import milepost
 import pytest
-from wire.states import holding, label_of, leftovers, tree
+from wire.states import holding, label_of, leftovers, restore, snapshot, tree
 
 pytestmark = pytest.mark.wire
 
@@ -15,18 +15,14 @@ MANY = 60
 
 
 def prepared(place, *, old):
-    place.server.clear_rules()
-    place.server.thaw()
-    place.server.store.clear()
     milepost.save(place.url("run/5"), tree("older"))
     if old:
         milepost.save(place.url("run/7"), tree("old"))
-    place.server.forget()
+    return snapshot(place.server)
 
 
 def killed_at(place, crew, when, at, *, old):
     """Return whether the writer was killed, rather than done before its change of that number."""
-    prepared(place, old=old)
     pid = crew.hire("save", place.env, url=place.url("run/7"), label="new", overwrite=old)
     rule = place.server.rule(f"kill_{when}", pid=pid, mutating=True, nth=at)
     (outcome,) = crew.go(pid)
@@ -40,8 +36,9 @@ def killed_at(place, crew, when, at, *, old):
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("old", [False, True], ids=["save", "overwrite"])
 def test_killed_at_any_change_leaves_old_or_new_and_a_sweep_the_same(place, crew, when, old):
-    seen = []
+    before, seen = prepared(place, old=old), []
     for at in range(1, MANY):
+        restore(place.server, before)
         if not killed_at(place, crew, when, at, old=old):
             break
         found = holding(place.server, "run/7")
@@ -64,8 +61,9 @@ def test_killed_at_any_change_leaves_old_or_new_and_a_sweep_the_same(place, crew
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_deletion_that_is_killed_can_be_completed(place, crew, when):
+    before = prepared(place, old=True)
     for at in range(1, MANY):
-        prepared(place, old=True)
+        restore(place.server, before)
         pid = crew.hire("delete", place.env, url=place.url("run/7"))
         rule = place.server.rule(f"kill_{when}", pid=pid, mutating=True, nth=at)
         crew.go(pid)

@@ -17,12 +17,15 @@ The rules it rests on:
    removed.
 3. *Data go before the verdict, always.* So a verdict that is missing means: nobody fenced the attempt off, or somebody
    did and has removed all of it. A writer that comes late seals successfully only in the second case, and then misses
-   the object `begun`, which is written once and never again. Therefore no verdict has to be kept for ever.
+   the object `begun`, which is made once and never again. Therefore no verdict has to be kept for ever.
 4. *Before the commit object ceases to name an attempt, the attempt's verdict says "retired".* So a writer that lost the
    reply to its commit, and finds another commit object or none, knows that it had been committed if it is retired. Only
    if it is not may it ask again: committing a second time would name data that are gone. And whatever is retired and
    not named by the commit object is dead, however young.
 5. *A commit object that cannot be read protects everything beside it.* It may be torn, foreign or from the future.
+6. *A condition is believed when it has been seen to fail.* A store that ignores conditions accepts every one of them.
+   So `begun` is created twice, and the second time must be refused; and before a commit object is replaced, `begun` is
+   replaced on a condition that cannot hold, which must be refused as well. Otherwise nothing is saved.
 
 What remains is an attempt that is sealed, and neither committed nor retired: its writer died between two requests, or
 the second one is on its way. It is removed after a day (`grace`) only; a later request would do harm.
@@ -43,7 +46,9 @@ from milepost import attempts
 from milepost.errors import (
     AbortedError,
     AlreadyExistsError,
+    ConfigError,
     ManifestError,
+    MilepostError,
     NotFoundError,
     OutcomeUnknownError,
     StorageDeniedError,
@@ -52,10 +57,10 @@ from milepost.errors import (
     noted,
 )
 from milepost.hookspecs import hookimpl
-from milepost.protocols import COMMIT_OBJECT, CreatesOnly, Leftover, ReplacesObjects, Staging, Storage
+from milepost.protocols import COMMIT_OBJECT, CreatesOnly, Leftover, ListsInOrder, ReplacesObjects, Staging, Storage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from milepost.hookspecs import RegisterCommit
 
@@ -63,6 +68,9 @@ __all__ = ["CreateCommit", "MarkerCommit", "register_commit"]
 
 _SEALED, _ABORTED, _RETIRED = "sealed", "aborted", "retired"
 _VERDICT = ".verdict"
+_AFTER_SLASH = "0"  # the character that follows "/": whatever begins with "7/" is before "70"
+_MADE_AGAIN = 3  # times that one object was created: it is no accident
+_ONE_WRITER = "if only one process at a time saves here, set commit = 'marker' for this URL in milepost.toml"
 _TRIES = 8  # of one request: lost replies and lost races come in small numbers, and nothing may loop for ever
 
 
@@ -95,11 +103,18 @@ class _PrefixCommit(abc.ABC):
     def _replaces(self, storage: Storage) -> bool:
         """Say whether `_replace` works with this storage."""
 
+    @abc.abstractmethod
+    def _begin(self, storage: Storage, name: str, attempt: str) -> None:
+        """Make the object `begun`, and find out whether the storage keeps what rules 1 and 2 need."""
+
+    @abc.abstractmethod
+    def _check_replacing(self, storage: Storage, staging: Staging, version: str) -> None:
+        """Raise unless the storage refuses to replace an object that is not of that version."""
+
     def stage(self, storage: Storage, name: str, attempt: str) -> Staging:
         """Say where the attempt writes, and begin it; its id tells others whether its writer lives."""
-        staging = Staging(name, attempt, prefix=f"{name}/{attempt}/", data=f"{attempt}/")
-        storage.write(_begun(name, attempt), [attempt.encode()])
-        return staging
+        self._begin(storage, name, attempt)
+        return Staging(name, attempt, prefix=f"{name}/{attempt}/", data=f"{attempt}/")
 
     def publish(self, storage: Storage, staging: Staging, manifest: bytes, *, overwrite: bool = False) -> None:
         """Seal the attempt, then make the commit object, or replace it: the commit point."""
@@ -107,7 +122,7 @@ class _PrefixCommit(abc.ABC):
         replaces = overwrite and self._replaces(storage)
         for left in reversed(range(_TRIES)):
             try:
-                self._put(storage, staging.name, manifest, replaces=replaces)
+                self._put(storage, staging, manifest, replaces=replaces)
             except (AlreadyExistsError, NotFoundError, StorageError) as error:
                 # A lost reply is not a lost race: clients report "already exists" for their own success.
                 owner = _owner(storage, staging, manifest, error)
@@ -134,11 +149,14 @@ class _PrefixCommit(abc.ABC):
         del storage, name
 
     def leftovers(self, storage: Storage, *, older_than: float) -> Iterator[Leftover]:
-        """Find the attempts that the commit object of their name does not name."""
-        for child in sorted(storage.children("")):
-            name = child.removesuffix("/")
-            found = _attempts(storage, name) if child.endswith("/") else []
-            if not found:
+        """Find the attempts that the commit object of their name does not name.
+
+        Of a name with a commit object and a single attempt it is taken for granted that they belong together: most are
+        like that, and it saves a request for each.
+        """
+        for name, children in _contents(storage):
+            found = _attempts(children)
+            if not found or (len(found) == 1 and COMMIT_OBJECT in children):
                 continue
             try:
                 committed, damage = _committed(storage, name), ""
@@ -199,14 +217,15 @@ class _PrefixCommit(abc.ABC):
             return verdict
         raise AssertionError("unreachable")
 
-    def _put(self, storage: Storage, name: str, manifest: bytes, *, replaces: bool) -> None:
-        key = f"{name}/{COMMIT_OBJECT}"
+    def _put(self, storage: Storage, staging: Staging, manifest: bytes, *, replaces: bool) -> None:
+        key = f"{staging.name}/{COMMIT_OBJECT}"
         version = self._version(storage, key) if replaces else None
         if version is None:
             self._create(storage, key, manifest)
             return
+        self._check_replacing(storage, staging, version)
         with contextlib.suppress(ManifestError):
-            _retire(storage, name, _committed(storage, name))
+            _retire(storage, staging.name, _committed(storage, staging.name))
         self._replace(storage, key, manifest, version)
 
     def _give_up(
@@ -254,6 +273,45 @@ class CreateCommit(_PrefixCommit):
         "overwriting needs a storage that can compare and swap an object"
     )
 
+    def _begin(self, storage: Storage, name: str, attempt: str) -> None:
+        try:
+            _check_made(storage, name, self._made(storage, _begun(name, attempt), attempt.encode()))
+        except BaseException:
+            # Nobody else knows of the attempt yet who could remove what is left of it.
+            with contextlib.suppress(MilepostError):
+                _remove(storage, name, attempt)
+            raise
+
+    def _made(self, storage: Storage, key: str, body: bytes) -> int:
+        """Create an object that is no other's until that is refused; return how often it was not."""
+        made = failed = 0
+        while made < _MADE_AGAIN:
+            try:
+                self._create(storage, key, body)
+                made += 1
+            except AlreadyExistsError:
+                break  # also at once: then a request of ours has made it whose reply was lost
+            except (StorageFullError, StorageDeniedError):
+                raise
+            except StorageError:
+                failed += 1  # which proves nothing
+                if failed == _TRIES:
+                    raise
+        return made
+
+    def _check_replacing(self, storage: Storage, staging: Staging, version: str) -> None:
+        with contextlib.suppress(AlreadyExistsError):
+            # The version is that of the commit object, so a storage that compares it cannot find it here.
+            self._replace(storage, _begun(staging.name, staging.attempt), staging.attempt.encode(), version)
+            raise noted(
+                ConfigError(
+                    f"cannot overwrite {staging.name!r}: {storage.url!r} replaces an object whatever its version is, "
+                    "so of two saves at once both could succeed"
+                ),
+                "save under another name, or delete that checkpoint first",
+                _ONE_WRITER,
+            )
+
     def _create(self, storage: Storage, key: str, body: bytes) -> None:
         if not isinstance(storage, CreatesOnly):
             raise TypeError(f"cannot commit in {storage.url!r}: its storage has no create-only write")
@@ -281,6 +339,12 @@ class MarkerCommit(_PrefixCommit):
         "writers that race may both report success, and a sweep must not run beside a save older than its age limit"
     )
 
+    def _begin(self, storage: Storage, name: str, attempt: str) -> None:
+        storage.write(_begun(name, attempt), [attempt.encode()])
+
+    def _check_replacing(self, storage: Storage, staging: Staging, version: str) -> None:
+        """Nothing is promised that could be checked."""
+
     def _create(self, storage: Storage, key: str, body: bytes) -> None:
         if _exists(storage, key):
             raise AlreadyExistsError(f"cannot create '{storage.url}/{key}': an object is there")
@@ -298,6 +362,22 @@ class MarkerCommit(_PrefixCommit):
         storage.write(key, [body])
         if bytes(storage.read(key)) != body:
             raise AlreadyExistsError(f"cannot write '{storage.url}/{key}': another writer came at the same time")
+
+
+def _check_made(storage: Storage, name: str, made: int) -> None:
+    """Raise if one object was created more often than once, none of which was of another's making."""
+    what = f"cannot save {name!r}"
+    if made == _MADE_AGAIN:
+        raise noted(
+            ConfigError(
+                f"{what}: {storage.url!r} creates an object though there is one, "
+                "so of two saves at once both could succeed"
+            ),
+            _ONE_WRITER,
+            f"milepost doctor {storage.url} says what else the storage does not keep",
+        )
+    if made > 1:  # it was there, then it was not, then it was there again
+        raise noted(AbortedError(f"{what}: a sweep took this save for dead and removed it"), "save again")
 
 
 def _begun(name: str, attempt: str) -> str:
@@ -323,8 +403,54 @@ def _exists(storage: Storage, key: str) -> bool:
     return True
 
 
-def _attempts(storage: Storage, name: str) -> list[str]:
-    found = {child.removesuffix("/").removesuffix(_VERDICT) for child in storage.children(f"{name}/")}
+def _contents(storage: Storage) -> Iterator[tuple[str, set[str]]]:
+    """Yield the names directly below the root that are prefixes, each with the names directly below it."""
+    if isinstance(storage, ListsInOrder):
+        yield from _listed_contents(storage, storage)
+        return
+    for child in sorted(storage.children("")):
+        if child.endswith("/"):
+            yield child.removesuffix("/"), _children(storage, child)
+
+
+def _listed_contents(storage: Storage, listing: ListsInOrder) -> Iterator[tuple[str, set[str]]]:
+    """Do so by pages of keys, of which one tells of many names; what is deep below a name is jumped over."""
+    name, found, last, ended = "", set[str](), "", ""
+    while page := listing.keys_after("", last):
+        for key in page:
+            first, slash, rest = key.partition("/")
+            if slash and first != name:
+                if name:
+                    yield name, found
+                name, found = first, set()
+            if slash:
+                found.add(rest.partition("/")[0])
+        last = _past(page[-1])
+        below = name if page[-1].startswith(f"{name}/") else ""
+        if below and below == ended:  # two pages, and still the same: it is of many folders
+            found |= _children(storage, f"{name}/")
+            last = f"{name}{_AFTER_SLASH}"
+        ended = below
+    if name:
+        yield name, found
+
+
+def _past(key: str) -> str:
+    """Return a key after which to list, so that no more comes of what is two levels below the root.
+
+    >>> _past("7/a/b/c"), _past("7/a")
+    ('7/a0', '7/a')
+    """
+    parts = key.split("/", 2)
+    return key if len(parts) <= 2 else f"{parts[0]}/{parts[1]}{_AFTER_SLASH}"  # noqa: PLR2004 - name and child
+
+
+def _children(storage: Storage, prefix: str) -> set[str]:
+    return {child.removesuffix("/") for child in storage.children(prefix)}
+
+
+def _attempts(children: Iterable[str]) -> list[str]:
+    found = {child.removesuffix(_VERDICT) for child in children}
     return sorted(attempt for attempt in found if attempts.parse_attempt(attempt))
 
 
@@ -377,7 +503,11 @@ def _remove(storage: Storage, name: str, attempt: str) -> None:
 
 def _remove_retired(storage: Storage, name: str) -> None:
     # The verdicts are read before the commit object, or an attempt could be committed and retired in between.
-    retired = [attempt for attempt in _attempts(storage, name) if _read_verdict(storage, name, attempt) == _RETIRED]
+    retired = [
+        attempt
+        for attempt in _attempts(_children(storage, f"{name}/"))
+        if _read_verdict(storage, name, attempt) == _RETIRED
+    ]
     with contextlib.suppress(ManifestError):
         committed = _committed(storage, name)
         for attempt in retired:

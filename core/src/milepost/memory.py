@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import heapq
 import itertools
 import threading
 from typing import TYPE_CHECKING
@@ -20,12 +21,14 @@ from milepost.errors import AlreadyExistsError, NotFoundError
 from milepost.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from milepost.hookspecs import RegisterStorage
     from milepost.protocols import Buffer
 
 __all__ = ["MemoryStorage", "register_storage"]
+
+_PAGE = 1000  # keys at once, as object stores have it
 
 
 @hookimpl
@@ -108,6 +111,12 @@ class MemoryStorage:
         """Return the names directly below a prefix; those that are prefixes themselves end in "/"."""
         parts = (key.removeprefix(self._root + prefix).partition("/") for key in self._below(prefix))
         return {name + slash for name, slash, _ in parts}
+
+    def keys_after(self, prefix: str, key: str) -> Sequence[str]:
+        """Return the first thousand keys below a prefix that come after a key, in the order of their UTF-8 bytes."""
+        keys = (name.removeprefix(self._root) for name in self._below(prefix))
+        # Strings are in the order of their code points, which is that of their UTF-8 bytes.
+        return heapq.nsmallest(_PAGE, (each for each in keys if each > key))
 
     def delete(self, key: str) -> None:
         """Remove an object, or with a key that ends in "/" everything below it; what is gone already is no error."""

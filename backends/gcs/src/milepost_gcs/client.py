@@ -39,6 +39,7 @@ GOOGLE: Final = "https://storage.googleapis.com"
 """The endpoint of Google's own service."""
 
 _BLOCK: Final = 1 << 20  # a body is handed over in blocks, so that other requests get their turn
+_SMALL: Final = 64 << 10  # what is sent at one go
 _FIRST_PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 32.0
 _CLOSING: Final = 5.0
@@ -137,14 +138,16 @@ class Client:
         import yarl
 
         headers = await self._signed(request.headers)
-        if request.body:
-            headers["Content-Length"] = str(sum(map(len, request.body)))
+        size = sum(map(len, request.body))
+        body: bytes | _Body | None = b"".join(request.body) if size <= _SMALL else _Body(request.body)
+        if size > _SMALL:
+            headers["Content-Length"] = str(size)
         target = self.target(request.path, request.params)
         async with self._session.request(
             request.method,
             yarl.URL(target if "://" in request.path else self.endpoint + target, encoded=True),
             headers=headers,
-            data=_Body(request.body) if request.body else None,
+            data=body or None,
             timeout=aiohttp.ClientTimeout(total=None),
             allow_redirects=False,
         ) as response:

@@ -50,6 +50,7 @@ _PASSING_CODES: Final = frozenset(
     }
 )
 _NO_BUCKET: Final = "NoSuchBucket"
+_DENIED: Final = frozenset({"ExpiredToken", "InvalidToken", "TokenRefreshRequired"})
 _FULL: Final = frozenset({"QuotaExceeded", "XMinioStorageFull", "InsufficientStorage", "StorageFull"})
 _NEEDS: Final = {
     "get_object": "s3:GetObject",
@@ -255,7 +256,7 @@ class Client:
             return StorageFullError(f"{what}: the store has no room left ({code or status})")
         if isinstance(error, _credential_errors()):
             return noted(StorageDeniedError(f"{what}: {_said(error)}"), _CREDENTIALS)
-        if status in {401, 403}:
+        if status in {401, 403} or code in _DENIED:
             needs = _NEEDS.get(request.operation, "s3:PutObject")
             return noted(
                 StorageDeniedError(f"{what}: the store refused it ({status} {_said(error)})"),

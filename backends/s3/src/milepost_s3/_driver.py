@@ -44,9 +44,13 @@ _HARMLESS: Final = frozenset(
 
 async def specification(fs: Any, client: Any, settings: Settings) -> dict[str, Json] | None:
     """Return how TensorStore reaches a store as this client does, but for bucket and path; None where it cannot."""
-    styles = (client.meta.config.s3 or {}) if client.meta.config else {}
-    beyond = fs.s3_additional_kwargs or {*fs.client_kwargs} - _SAME or {*fs.config_kwargs} - _HARMLESS
-    if beyond or styles.get("use_accelerate_endpoint") or styles.get("addressing_style") == "virtual":
+    styles = client.meta.config.s3 or {}
+    endpoint, region = client.meta.endpoint_url, client.meta.region_name
+    if fs.s3_additional_kwargs or {*fs.client_kwargs} - _SAME or {*fs.config_kwargs} - _HARMLESS:
+        return None
+    if endpoint.startswith("https:") and fs.session.get_config_variable("ca_bundle"):
+        return None
+    if styles.get("use_accelerate_endpoint") or styles.get("addressing_style") == "virtual":
         return None
     credentials = await _credentials(fs)
     if credentials is None:
@@ -57,11 +61,12 @@ async def specification(fs: Any, client: Any, settings: Settings) -> dict[str, J
         "s3_request_concurrency": {"limit": settings.concurrency},
         "s3_request_retries": {"max_retries": settings.retries, "initial_delay": "100ms", "max_delay": "5s"},
     }
-    endpoint, region = client.meta.endpoint_url, client.meta.region_name
-    if not str(urlsplit(endpoint).hostname).endswith((".amazonaws.com", ".amazonaws.com.cn")):
-        made["endpoint"] = endpoint
-    if region and region != "aws-global":
+    known = region and region != "aws-global"
+    if known:
         made["aws_region"] = region
+    if urlsplit(endpoint).hostname not in {"s3.amazonaws.com", f"s3.{region}.amazonaws.com"}:
+        # Without a region it would ask the bucket for it; signatures of botocore name this one then.
+        made |= {"endpoint": endpoint, "aws_region": region if known else "us-east-1"}
     if fs.requester_pays:
         made["requester_pays"] = True
     return made

@@ -90,9 +90,10 @@ def opened(settings: Settings) -> Any:
 
 
 def _configuration(fs: Any, settings: Settings) -> dict[str, Any]:
-    usual = {
-        "connect_timeout": settings.timeout,
-        "read_timeout": settings.timeout,
+    usual: dict[str, Any] = {
+        # A try as a whole has a deadline: `Client`.
+        "connect_timeout": None,
+        "read_timeout": None,
         "max_pool_connections": settings.concurrency,
         # One place repeats requests, or "five times" would be twenty-five: `Client`.
         "retries": {"total_max_attempts": 1},

@@ -202,7 +202,8 @@ class S3Storage:
                 found.append(Upload(key, each["UploadId"], each["Initiated"].timestamp()))
             if not page.get("IsTruncated"):
                 return found
-            words |= {"KeyMarker": decoded(page["NextKeyMarker"]), "UploadIdMarker": page["NextUploadIdMarker"]}
+            words |= {"KeyMarker": decoded(_next(page, "NextKeyMarker"))}
+            words |= {"UploadIdMarker": page.get("NextUploadIdMarker", "")}
 
     def abort_upload(self, upload: Upload) -> None:
         """Give an upload up, and remove its parts; what is gone already is no error."""
@@ -268,7 +269,7 @@ class S3Storage:
             yield page
             if not page.get("IsTruncated"):
                 return
-            words["ContinuationToken"] = page["NextContinuationToken"]
+            words["ContinuationToken"] = _next(page, "NextContinuationToken")
 
     def _send(self, writing: Writing, first: memoryview, rest: Iterator[memoryview]) -> None:
         second = next(rest, None)
@@ -296,6 +297,12 @@ class S3Storage:
                 if _version(self._head(key)) != version:
                     raise
                 self._writing(key, {"IfMatch": plain}).whole(first)
+
+
+def _next(page: Reply, word: str) -> str:
+    if not page.get(word):
+        raise StorageError("cannot list all: the store says that there is more, and not how to ask for it")
+    return str(page[word])
 
 
 def _tag(version: str) -> str:

@@ -18,6 +18,7 @@ from milepost.attempts import DAY
 from milepost.cli.answers import BAD_NEWS, FINE, Answer, answering
 from milepost.cli.copying import cp
 from milepost.cli.describing import checkpoint_bytes, item_document, manifest_document, row_cells, rows, when
+from milepost.cli.doctoring import doctor
 from milepost.cli.exporting import export, import_
 from milepost.cli.printing import size_text
 from milepost.cli.verdicts import verified
@@ -62,7 +63,7 @@ def build() -> typer.Typer:
         no_args_is_help=True,
     )
     app.callback()(_about)
-    for body in (ls, show, verify, cp, export, explain, plugins, sweep):
+    for body in (ls, show, verify, cp, export, explain, doctor, plugins, sweep):
         app.command()(answering(body))
     app.command("import")(answering(import_))
     return app
@@ -369,7 +370,7 @@ def sweep(
     ] = DAY,
     yes: Annotated[bool, typer.Option("--yes", help="Remove what is dead; without this, only list it.")] = False,
 ) -> Answer:
-    """List what unfinished saves and deletions left below a root, and remove what is dead.
+    """List what unfinished saves, deletions and uploads left below a root, and remove what is dead.
 
     Committed checkpoints are never touched, nor is a save that may still be alive. Without --yes nothing is changed.
     """

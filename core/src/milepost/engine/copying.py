@@ -36,6 +36,7 @@ from milepost.errors import (
     StorageError,
     noted,
 )
+from milepost.fixed import CLAIM
 from milepost.manifest import Item, Manifest, check_path, is_manifest
 from milepost.plugins import Plugins, installed
 from milepost.protocols import COMMIT_OBJECT, CompletesCheckpoints, WriteOptions
@@ -223,7 +224,7 @@ class _CopySave(Save):
             raise self._refused("a checkpoint is there already", "choose another name, or overwrite it") from error
         name = f"{self._open.route.name}/"
         inside = {child for child in self._open.storage.children(name) if not _is_of_an_attempt(child)}
-        if inside and COMMIT_OBJECT not in inside:
+        if inside and COMMIT_OBJECT not in inside and CLAIM not in inside:
             found = f"it is no checkpoint, and holds {min(inside)!r}"
             raise self._refused(found, f"name the copy itself, such as {urls.join(self._open.route.url, 'copy')!r}")
         return attempt

@@ -21,6 +21,7 @@ from milepost.errors import (
     StorageError,
     noted,
 )
+from milepost.fixed import CLAIM
 from milepost.manifest import Item, Manifest, decode, from_document, is_manifest
 from milepost.path._foreign import TOMBSTONE, is_excluded, layouts
 from milepost.plugins import HINTS, LAYOUTS, Plugins, installed
@@ -234,8 +235,8 @@ _TELLING = "huggingface"
 
 def _looks_like(storage: Storage, route: Route, inside: list[str], plugins: Plugins) -> tuple[str, str]:
     """Return what a folder looks like, and the layout that would know better if it were installed."""
-    if _STAGING in route.name:
-        return "it is a save that was not finished", ""
+    if _STAGING in route.name or CLAIM in inside:
+        return f"it is a save{' or a deletion' if CLAIM in inside else ''} that was not finished", ""
     if TOMBSTONE in inside:
         return "it was being deleted, which was not finished: delete it again", ""
     if _exists_above(route):

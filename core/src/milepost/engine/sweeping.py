@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from milepost import urls
 from milepost.attempts import DAY
+from milepost.path._uploads import abort, unfinished_uploads
 from milepost.plugins import Plugins, installed
-from milepost.routes import open_route, resolve
+from milepost.routes import OpenRoute, open_route, resolve
 
 if TYPE_CHECKING:
     import os
@@ -27,16 +28,27 @@ def leftovers(
 ) -> list[Leftover]:
     """Return what unfinished saves and deletions left directly below a root; changes nothing.
 
-    `older_than` is the age in seconds from which a writer on another machine counts as dead.
+    `older_than` is the age in seconds from which a writer on another machine counts as dead. An upload that was never
+    finished has the key of its object as prefix.
     """
-    plugins = plugins or installed()
-    route = open_route(resolve(urls.join(urls.locate(path), "_"), plugins), plugins)
-    return sorted(route.commit.leftovers(route.storage, older_than=older_than), key=lambda found: found.prefix)
+    route = _opened(path, plugins)
+    found = list(route.commit.leftovers(route.storage, older_than=older_than))
+    found += [leftover for leftover, _ in unfinished_uploads(route.storage, older_than)]
+    return sorted(found, key=lambda each: each.prefix)
 
 
 def sweep(path: str | os.PathLike[str], *, older_than: float = DAY, plugins: Plugins | None = None) -> list[Leftover]:
     """Remove the leftovers below a root whose writers are dead; return those that were removed."""
-    plugins = plugins or installed()
-    route = open_route(resolve(urls.join(urls.locate(path), "_"), plugins), plugins)
+    route = _opened(path, plugins)
     found = list(route.commit.leftovers(route.storage, older_than=older_than))
-    return [leftover for leftover in found if leftover.dead and route.commit.clear(route.storage, leftover)]
+    removed = [each for each in found if each.dead and route.commit.clear(route.storage, each)]
+    for leftover, unfinished in unfinished_uploads(route.storage, older_than):
+        if leftover.dead:
+            abort(route.storage, unfinished)
+            removed.append(leftover)
+    return removed
+
+
+def _opened(path: str | os.PathLike[str], plugins: Plugins | None) -> OpenRoute:
+    plugins = plugins or installed()
+    return open_route(resolve(urls.join(urls.locate(path), "_"), plugins), plugins)

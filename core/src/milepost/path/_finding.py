@@ -6,6 +6,7 @@ This module decides what counts as committed. The rules, by how checkpoints appe
    folder is needed, and one listing tells all.
 2. *By a commit object*: a name is a checkpoint if its commit object is visible, which takes one small request per name.
    These requests go out several at a time, few at first, so that whoever wants only the newest pays for little more.
+   Where keys are listed in order, a page of them takes the place of many such requests.
 
 What is unfinished is told from what is foreign: by the name, by the ids of attempts, or by a record that a checkpoint
 was begun here. A folder without any of these is somebody else's, and nothing is said or done about it.
@@ -33,11 +34,14 @@ from milepost.errors import (
     StorageError,
     noted,
 )
+from milepost.fixed import CLAIM
 from milepost.manifest import decode, is_manifest
 from milepost.names import is_temporary, parse_temporary, temporary_name
 from milepost.path._foreign import TOMBSTONE, erase, recognised
+from milepost.path._listing import listed
+from milepost.path._uploads import abort, unfinished_uploads
 from milepost.plugins import installed
-from milepost.protocols import COMMIT_OBJECT, CreatesOnly, RenamesPrefixes
+from milepost.protocols import COMMIT_OBJECT, CreatesOnly, ListsInOrder, RenamesPrefixes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -87,10 +91,12 @@ class Root:
         if self.renames:
             yield from finished
             return
-        size = 1
+        size: int | None = 1
         while batch := list(itertools.islice(finished, size)):
             yield from self._marked(batch)
-            size = min(2 * size, _BATCH)
+            # A listing is the shorter the more is asked of it at once.
+            listing = isinstance(self.storage, ListsInOrder) and len(batch) >= _AT_ONCE
+            size = None if listing else min(2 * len(batch), _BATCH)
 
     def checkpoints(self, names: Iterable[str]) -> Iterator[str]:
         """Yield those of some folders that hold a commit object, or can be read without, several looks at once.
@@ -101,8 +107,11 @@ class Root:
         found = set(self._marked(wanted)) if wanted else set()
         rest = set(wanted) - found
         if rest:
-            unfinished = {one.final for one in map(parse_temporary, self._children()) if one is not None}
-            found |= {name for name in rest & unfinished if self._is_recoverable(name)}
+            if self.renames:  # elsewhere nothing is put aside under another name, and all would be listed for nothing
+                unfinished = {one.final for one in map(parse_temporary, self._children()) if one is not None}
+                found |= {name for name in rest & unfinished if self._is_recoverable(name)}
+            else:
+                found |= {name for name in rest if self._is_recoverable(name)}
             found |= set(self._filtered(self._is_foreign, [name for name in rest - found if not is_temporary(name)]))
         yield from (name for name in wanted if name in found)
 
@@ -190,6 +199,9 @@ class Root:
         for leftover in list(self.strategy.leftovers(self.storage, older_than=older_than)):
             if leftover.dead:
                 self.strategy.clear(self.storage, leftover)
+        for leftover, unfinished in unfinished_uploads(self.storage, older_than):
+            if leftover.dead:
+                abort(self.storage, unfinished)
         for name in list(self.unfinished(self.folders())):
             if self._is_abandoned(name, older_than):
                 self._remove(f"{name}/")
@@ -203,7 +215,11 @@ class Root:
     # --- one name ---
 
     def _marked(self, names: list[str]) -> list[str]:
-        return self._filtered(self._holds_commit_object, names)
+        storage, found, rest = self.storage, set[str](), names
+        if isinstance(storage, ListsInOrder) and len(names) > _AT_ONCE:
+            found, rest = listed(lambda last: storage.keys_after("", last), names, worth=_AT_ONCE)
+        found |= set(self._filtered(self._holds_commit_object, rest))
+        return [name for name in names if name in found]
 
     def _filtered(self, look: Callable[[str], bool], names: list[str]) -> list[str]:
         """Return those of some names of which a look says True, several looks at once."""
@@ -235,7 +251,7 @@ class Root:
         children = {child.removesuffix("/") for child in self.storage.children(f"{name}/")}
         if COMMIT_OBJECT in children:
             return False
-        if TOMBSTONE in children:
+        if TOMBSTONE in children or CLAIM in children:
             return True
         return any(map(parse_attempt, children)) or (_STEP_METADATA in children and self._record(name) is not None)
 
@@ -254,7 +270,7 @@ class Root:
                 return made is not None and made.maker == "reference"
             return _is_over(made.attempt, older_than)
         children = list(self.storage.children(f"{name}/"))
-        begun = any(parse_attempt(child.removesuffix("/")) for child in children)
+        begun = CLAIM in children or any(parse_attempt(child.removesuffix("/")) for child in children)
         if begun or TOMBSTONE in children:
             return not begun  # the strategy's, or else a deletion that was cut off
         record = self._record(name)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from milepost.attempts import parse_attempt
 from milepost.errors import DamagedError, InvalidLayoutError, PluginError
+from milepost.fixed import CLAIM
 from milepost.plugins import LAYOUTS
 from milepost.protocols import COMMIT_OBJECT, OwnsFolders, RecognisesLayout
 
@@ -32,6 +33,8 @@ def is_excluded(names: Sequence[str]) -> bool:
     >>> is_excluded(["_METADATA", "milepost_deleting.txt"]), is_excluded(["_METADATA"])
     (True, False)
     """
+    if CLAIM in names and COMMIT_OBJECT not in names:
+        return True
     return TOMBSTONE in names or any(parse_attempt(name.removesuffix("/")) for name in names)
 
 

@@ -31,14 +31,21 @@ from typing import TYPE_CHECKING, Protocol
 import pytest
 
 from milepost import attempts
-from milepost.errors import AbortedError, AlreadyExistsError, NotFoundError, OutcomeUnknownError, StorageError
-from milepost.protocols import COMMIT_OBJECT, CommitStrategy
-from milepost.testing.faults import CuttingStorage, LostReplyStorage, PowerCut, emptied, keys
+from milepost.errors import (
+    AbortedError,
+    AlreadyExistsError,
+    ConfigError,
+    NotFoundError,
+    OutcomeUnknownError,
+    StorageError,
+)
+from milepost.protocols import COMMIT_OBJECT, CommitStrategy, CreatesOnly
+from milepost.testing.faults import CuttingStorage, LostReplyStorage, PowerCut, WrappedStorage, emptied, keys
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
-    from milepost.protocols import Staging, Storage
+    from milepost.protocols import Buffer, Staging, Storage
 
 __all__ = [
     "SCENARIOS",
@@ -79,9 +86,11 @@ def write(storage: Storage, staging: Staging, text: str) -> bytes:
     return json.dumps({"attempt": staging.attempt, "text": text, "files": files}).encode()
 
 
-def save(storage: Storage, strategy: CommitStrategy, name: str, text: str, *, overwrite: bool = False) -> None:
+def save(
+    storage: Storage, strategy: CommitStrategy, name: str, text: str, *, overwrite: bool = False, attempt: str = ""
+) -> None:
     """Save a text as a checkpoint."""
-    staging = strategy.stage(storage, name, dead_attempt())
+    staging = strategy.stage(storage, name, attempt or dead_attempt())
     strategy.publish(storage, staging, write(storage, staging, text), overwrite=overwrite)
 
 
@@ -197,6 +206,13 @@ def _inspect(
     assert look(storage, strategy, "7") == "again"
 
 
+class _Careless(WrappedStorage):
+    """A store that accepts the condition of a create-only write, and ignores it."""
+
+    def create(self, key: str, buffers: Iterable[Buffer]) -> None:
+        self.write(key, buffers)
+
+
 class CommitContract:
     """The tests that every commit strategy passes on every storage it fits."""
 
@@ -204,6 +220,8 @@ class CommitContract:
     """Whether this strategy can overwrite on this storage."""
     races = True
     """Whether the strategy promises anything to writers that race."""
+    shares = True
+    """Whether two attempts may write under one name at once; else the second is refused while the first lives."""
 
     @pytest.fixture
     def storage(self) -> Storage:
@@ -227,6 +245,18 @@ class CommitContract:
         assert isinstance(strategy, CommitStrategy)
         assert all(isinstance(storage, need) for need in strategy.needs)
         assert strategy.promise
+
+    def test_a_store_that_ignores_conditions_is_refused_and_left_as_it_was(
+        self, storage: Storage, strategy: CommitStrategy
+    ) -> None:
+        """If this fails, `stage` believes in a condition that it has not seen to fail."""
+        if CreatesOnly not in strategy.needs:
+            return
+        careless = _Careless(storage)
+        assert isinstance(careless, CreatesOnly)
+        with pytest.raises(ConfigError):
+            save(careless, strategy, "7", "new")
+        assert keys(storage) == []
 
     def test_a_checkpoint_is_visible_after_publish_and_not_before(
         self, storage: Storage, strategy: CommitStrategy
@@ -308,18 +338,18 @@ class CommitContract:
         """If this fails, check how the attempt's id is read back from the storage."""
         dead = strategy.stage(storage, "7", dead_attempt())
         write(storage, dead, "dead")
-        alive = strategy.stage(storage, "7", attempts.new_attempt())
+        alive = strategy.stage(storage, "7" if self.shares else "8", attempts.new_attempt())
         manifest = write(storage, alive, "alive")
         found = list(strategy.leftovers(storage, older_than=attempts.DAY))
         assert {(each.name, each.attempt, each.dead) for each in found} == {
             ("7", dead.attempt, True),
-            ("7", alive.attempt, False),
+            (alive.name, alive.attempt, False),
         }
         assert all(each.reason for each in found)
         sweep(storage, strategy)
         assert [each.attempt for each in strategy.leftovers(storage, older_than=attempts.DAY)] == [alive.attempt]
         strategy.publish(storage, alive, manifest)
-        assert look(storage, strategy, "7") == "alive"
+        assert look(storage, strategy, alive.name) == "alive"
 
     def test_what_was_committed_meanwhile_is_not_cleared(self, storage: Storage, reaper: CommitStrategy) -> None:
         """If this fails, `clear` believes what `leftovers` saw."""
@@ -367,7 +397,11 @@ class CommitContract:
         for turn in range(10):
             with concurrent.futures.ThreadPoolExecutor(8) as pool:
                 texts = [f"{turn}-{writer}" for writer in range(8)]
-                saves = {text: pool.submit(save, storage, strategy, str(turn), text) for text in texts}
+                # One that counts as dead would lose its name to the next, and go on writing.
+                living = {text: "" if self.shares else attempts.new_attempt() for text in texts}
+                saves = {
+                    text: pool.submit(save, storage, strategy, str(turn), text, attempt=living[text]) for text in texts
+                }
             errors = {text: each.exception() for text, each in saves.items()}
             winners = [text for text, error in errors.items() if error is None]
             assert [look(storage, strategy, str(turn))] == winners
@@ -401,5 +435,5 @@ class CommitContract:
         self, storage: Storage, strategy: CommitStrategy, reaper: CommitStrategy, scenario: Scenario
     ) -> None:
         """If this fails, list the changes in order: one of them should come before another."""
-        if scenario.name != "overwrite" or self.overwrites:
+        if (scenario.name != "overwrite" or self.overwrites) and (scenario.name != "clear beside" or self.shares):
             assert power_cuts(storage, strategy, scenario, reaper=reaper) > 0

@@ -18,19 +18,23 @@ from milepost.errors import NotFoundError, StorageError
 from milepost.protocols import (
     CreatesOnly,
     ExchangesPrefixes,
+    FindsUploads,
+    ListsInOrder,
     MapsFiles,
+    PrefersLargeRequests,
     ReadsInto,
     RenamesPrefixes,
     ReplacesObjects,
     Storage,
     SyncsPrefixes,
+    TellsTime,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from typing import Any, Self
 
-    from milepost.protocols import Buffer
+    from milepost.protocols import Buffer, Upload
 
 __all__ = [
     "CuttingStorage",
@@ -71,6 +75,10 @@ class _Everything(
     SyncsPrefixes,
     ReadsInto,
     MapsFiles,
+    ListsInOrder,
+    FindsUploads,
+    TellsTime,
+    PrefersLargeRequests,
     Protocol,
 ):
     """A storage as far as its wrapper asks for more only where it knows that there is more."""
@@ -160,6 +168,34 @@ class _Maps(WrappedStorage):
         return self.ask(lambda: self.wrapped.map(key))
 
 
+class _Lists(WrappedStorage):
+    def keys_after(self, prefix: str, key: str) -> Sequence[str]:
+        return self.ask(lambda: self.wrapped.keys_after(prefix, key))
+
+
+class _FindsUploads(WrappedStorage):
+    def uploads(self, prefix: str) -> Iterable[Upload]:
+        return self.ask(lambda: list(self.wrapped.uploads(prefix)))
+
+    def abort_upload(self, upload: Upload) -> None:
+        self.change(lambda: self.wrapped.abort_upload(upload))
+
+
+class _TellsTime(WrappedStorage):
+    def time(self) -> float:
+        return self.ask(self.wrapped.time)
+
+
+class _PrefersLargeRequests(WrappedStorage):
+    @property
+    def request_bytes(self) -> int:
+        return self.wrapped.request_bytes
+
+    @property
+    def writes_at_once(self) -> int:
+        return self.wrapped.writes_at_once
+
+
 _EXTENSIONS: dict[type, type] = {
     CreatesOnly: _Creates,
     ReplacesObjects: _Replaces,
@@ -168,6 +204,10 @@ _EXTENSIONS: dict[type, type] = {
     SyncsPrefixes: _Syncs,
     ReadsInto: _ReadsInto,
     MapsFiles: _Maps,
+    ListsInOrder: _Lists,
+    FindsUploads: _FindsUploads,
+    TellsTime: _TellsTime,
+    PrefersLargeRequests: _PrefersLargeRequests,
 }
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import threading
+import time
 from typing import TYPE_CHECKING, TypeVar
 
 import pytest
@@ -20,19 +21,22 @@ from milepost.errors import AlreadyExistsError, MilepostError, NotFoundError
 from milepost.protocols import (
     CreatesOnly,
     ExchangesPrefixes,
+    FindsUploads,
+    ListsInOrder,
     MapsFiles,
     ReadsInto,
     RenamesPrefixes,
     ReplacesObjects,
     Storage,
     SyncsPrefixes,
+    TellsTime,
 )
 from milepost.testing.faults import keys
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from milepost.protocols import Buffer
+    from milepost.protocols import Buffer, Upload
 
 __all__ = ["ODD_NAMES", "StorageContract"]
 
@@ -420,3 +424,83 @@ class StorageContract:
         storage.write("7/a/b", [b"1"])
         storage.sync("7/")
         assert keys(other) == ["7/a/b"]
+
+    def test_keys_are_listed_in_the_order_of_their_bytes_from_any_point_on(
+        self, storage: Storage, other: Storage
+    ) -> None:
+        """If this fails, check that the point itself is left out, at all depths, and characters beyond U+FFFF."""
+        if not isinstance(other, ListsInOrder):
+            assert not hasattr(other, "keys_after")
+            return
+        names = ["7!/a", "7-/a", "7/a/b", "7/a/c", "7/b", "70/a", "8", "Z", "_", "a", "ä", "\uff5e", "\U0001f682"]
+        for key in (*reversed(names), *(f"~/{name}" for name in names)):
+            storage.write(key, [b""])
+        for prefix in ("", "~/", "7/", "no/such/"):
+            expected = [key for key in sorted([*names, *(f"~/{each}" for each in names)]) if key.startswith(prefix)]
+            for start in ("", *expected, f"{prefix}7/a0", f"{prefix}70"):
+                rest = [key for key in expected if key > start]
+                found = list(other.keys_after(prefix, start))
+                assert found == rest[: len(found)]
+                assert bool(found) == bool(rest)
+
+    def test_a_listing_in_order_goes_on_where_a_page_ended(self, storage: Storage, other: Storage) -> None:
+        """If this fails, compare the last key of a page with the first of the next."""
+        if not isinstance(other, ListsInOrder):
+            return
+        names = [f"p/{index:03d}/{part}" for index in range(30) for part in "ab"]
+        for name in names:
+            storage.write(name, [b""])
+        found, last = list[str](), ""
+        while page := other.keys_after("p/", last):
+            found += page
+            last = page[-1]
+        assert found == names
+
+    def test_an_upload_is_found_while_it_is_under_way_and_cannot_be_completed_once_it_is_given_up(
+        self, storage: Storage, other: Storage
+    ) -> None:
+        """If this fails, check that `big` is above a part's size, and that a failure to complete is no success."""
+        if not isinstance(other, FindsUploads):
+            assert not hasattr(other, "uploads")
+            return
+        block, count = bytes(1 << 20), self.big >> 20
+        seen: list[Upload] = []
+
+        def watched(*, abort: bool) -> Iterator[bytes]:
+            for index in range(count):
+                if index == count - 1:
+                    seen.extend(other.uploads("7/"))
+                    assert list(other.uploads("8/")) == []
+                    for upload in seen if abort else ():
+                        other.abort_upload(upload)
+                yield block
+
+        storage.write("7/a", watched(abort=False))
+        assert [upload.key for upload in seen] == ["7/a"]
+        assert abs(seen[0].started - time.time()) < 600
+        other.abort_upload(seen.pop())
+        assert other.size("7/a") == count << 20
+        with pytest.raises(MilepostError):
+            storage.write("7/b", watched(abort=True))
+        assert keys(other) == ["7/a"]
+        assert list(other.uploads("")) == []
+
+    def test_a_write_that_fails_leaves_no_upload(self, storage: Storage, other: Storage) -> None:
+        """If this fails, the upload is not aborted after an error."""
+        if not isinstance(other, FindsUploads):
+            return
+
+        def failing() -> Iterator[bytes]:
+            for _ in range(self.big >> 20):
+                yield bytes(1 << 20)
+            raise RuntimeError("the device is gone")
+
+        with pytest.raises(RuntimeError, match="the device is gone"):
+            storage.write("7/a", failing())
+        assert list(other.uploads("")) == []
+
+    def test_the_storage_has_a_clock_if_it_says_so(self, storage: Storage) -> None:
+        """If this fails, check the time zone, and seconds against milliseconds."""
+        if not isinstance(storage, TellsTime):
+            return
+        assert abs(storage.time() - time.time()) < 600

@@ -126,8 +126,10 @@ def _written(spec: Mapping[str, Json]) -> list[str]:
 
     with explained(f"list {spec}", reading=False):
         store = ts.KvStore.open(spec, context=ts.Context()).result()
-        found = store.list(ts.KvStore.KeyRange("d/", "d0")).result()
-    return [MANIFEST, *(key.decode() for key in found)]
+        # A host that writes nothing leaves no database, and so no manifest either.
+        ranges = (ts.KvStore.KeyRange(MANIFEST, f"{MANIFEST}\0"), ts.KvStore.KeyRange("d/", "d0"))
+        found = [store.list(keys) for keys in ranges]
+        return [key.decode() for keys in found for key in keys.result()]
 
 
 def _files(folder: Path) -> Iterator[str]:

@@ -153,7 +153,7 @@ def test_the_variable_of_emulators_is_enough_and_nobody_else_is_asked(server: Ob
     """A process that forks, too; and neither it nor its child has anything to complain of at its end."""
     host = server.url.removeprefix("http://")
     env = {**os.environ, "STORAGE_EMULATOR_HOST": host}
-    command = [sys.executable, "-X", "dev", "-W", "ignore::DeprecationWarning", "-c", _ALONE]
+    command = [sys.executable, "-W", "default", "-W", "ignore::DeprecationWarning", "-c", _ALONE]
     done = subprocess.run(command, env=env, check=False, capture_output=True, text=True, timeout=60)
     assert (done.stderr, done.returncode) == ("", 0)
     heavy, asked, names, text = json.loads(done.stdout)
@@ -378,6 +378,7 @@ def test_a_request_that_fails_once_is_asked_again(
     else:
         getattr(storage, verb)("key", blocks(whole))
     assert whole == server.store.get(BUCKET, "runs/key")
+    assert ("resumable_status" in kinds(server)) == (kind == "resumable_part"), "how much is there is asked first"
 
 
 @pytest.mark.parametrize("fault", FAULTS[:3], ids=lambda fault: fault["action"])

@@ -31,9 +31,11 @@ MODULES = {
 USE = """
 import sys
 import numpy as np
-import milepost, milepost_gcs, milepost_posix, milepost_s3, milepost_safetensors, milepost_tensorstore, milepost_zarr
+import importlib
+import milepost
 
-for module in (milepost, milepost_gcs, milepost_posix, milepost_s3, milepost_safetensors, milepost_tensorstore, milepost_zarr):
+names = "gcs", "posix", "s3", "safetensors", "tensorstore", "zarr"
+for module in (milepost, *(importlib.import_module(f"milepost_{name}") for name in names)):
     assert module.__file__.startswith(sys.prefix), module.__file__
 for step, writer in enumerate(("safetensors", "tensorstore", "zarr")):
     with milepost.configured({"default": {"arrays": writer}}):

@@ -1,7 +1,7 @@
 """Every backend, on real servers, and every array writer: `-k "s3 and zarr"` chooses.
 
-The rule: a test of this folder knows no backend. What it needs to know of one is a root to save below, and how to open a
-second client of it.
+The rule: a test of this folder knows no backend. What it needs to know of one is a root to save below, and how to open
+a second client of it.
 """
 
 from __future__ import annotations

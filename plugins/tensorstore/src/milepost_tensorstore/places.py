@@ -40,14 +40,15 @@ _NODE_BYTES = 8 << 20
 _INLINE_BYTES = 1024
 
 
-def context(settings: Settings) -> Any:
-    """Return the one context that all stores of a call share."""
+def context(settings: Settings, base: Mapping[str, Json]) -> Any:
+    """Return the one context that all stores below a key-value store share during a call."""
     import tensorstore as ts
 
     return ts.Context(
         {
             "cache_pool": {"total_bytes_limit": settings.cache_bytes},
             "file_io_concurrency": {"limit": settings.file_io_concurrency},
+            **_resources(base),
         }
     )
 
@@ -65,9 +66,11 @@ def database(base: Mapping[str, Json], folder: str, settings: Settings, shared: 
     """Open the OCDBT database in a folder ("" or ends in "/") below a key-value store."""
     import tensorstore as ts
 
+    # Databases refer to each other's data only if they are of one store, which stores with resources of their own are not.
+    plain = {name: value for name, value in base.items() if name not in _resources(base)}
     spec = {
         "driver": "ocdbt",
-        "base": below(base, folder),
+        "base": below(plain, folder),
         "config": {"max_inline_value_bytes": _INLINE_BYTES, "max_decoded_node_bytes": _NODE_BYTES},
         "btree_node_data_prefix": NODES,
         "version_tree_node_data_prefix": NODES,
@@ -75,6 +78,11 @@ def database(base: Mapping[str, Json], folder: str, settings: Settings, shared: 
         "cache_pool": "cache_pool",
     }
     return ts.KvStore.open(spec, context=shared).result()
+
+
+def _resources(base: Mapping[str, Json]) -> dict[str, Any]:
+    """Return what a driver shares with others: limits, retries, credentials."""
+    return {name: value for name, value in base.items() if isinstance(value, dict)}
 
 
 def below(base: Mapping[str, Json], folder: str) -> dict[str, Json]:

@@ -83,7 +83,7 @@ def merge(location: Location, count: int) -> None:
         places.scratch_or_native(location, "", folders) as base,
         explained(f"merge the databases at {location.url!r}", reading=False),
     ):
-        shared = places.context(settings)
+        shared = places.context(settings, base)
         transaction = ts.Transaction()
         target = places.database(base, "", settings, shared).with_transaction(transaction)
         copies = []
@@ -296,7 +296,7 @@ class _Portions:
 
     def __init__(self, base: Mapping[str, Json], folder: str, shared: _Shared, most: int) -> None:
         self._saying = shared.saying
-        self._context = places.context(shared.settings)
+        self._context = places.context(shared.settings, base)
         with self._saying:
             self._store = places.database(base, folder, shared.settings, self._context)
         self._most = most
@@ -382,7 +382,7 @@ class _Files(_Window):
 
         self._saying = shared.saying
         with self._saying:
-            store = ts.KvStore.open(spec, context=places.context(shared.settings)).result()
+            store = ts.KvStore.open(spec, context=places.context(shared.settings, spec)).result()
         super().__init__(store.write, most)
         self.keys: list[str] = []
 

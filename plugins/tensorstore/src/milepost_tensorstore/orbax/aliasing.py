@@ -35,12 +35,11 @@ def add_name(location: Location, name: str, other: str, *, ocdbt: bool) -> None:
 
 def _refer(location: Location, source: str, target: str) -> None:
     settings = Settings()
-    shared = places.context(settings)
     with (
         places.scratch_or_native(location, "", ("",)) as base,
         explained(f"name an array at {location.url!r}", reading=False),
     ):
-        database = places.database(base, "", settings, shared)
+        database = places.database(base, "", settings, places.context(settings, base))
         (database / source).experimental_copy_range_to(database / target if target else database).result()
 
 

@@ -7,6 +7,7 @@ server itself, and what goes through milepost's storage by the storage's own `wr
 from __future__ import annotations
 
 import ast
+import contextvars
 import functools
 import json
 import os
@@ -18,9 +19,12 @@ import milepost
 import numpy as np
 import pytest
 from milepost import cli
+from milepost.engine.items import TreeItem
+from milepost.engine.saving import Save, SaveRequest
 from milepost.errors import AlreadyExistsError, DamagedError, StorageError
 from milepost.fixed import CLAIM
 from milepost.protocols import COMMIT_OBJECT
+from milepost.testing.hosts import ThreadCluster
 from milepost.testing.objects import ObjectServer
 from milepost_gcs import GcsStorage
 from milepost_s3 import S3Storage
@@ -34,7 +38,7 @@ CASES = tuple(
     if isinstance(node, ast.FunctionDef) and any(ast.unparse(one) == "case" for one in node.decorator_list)
 )
 WAYS = (("driver", "ocdbt zarr2"), ("driver", "plain zarr3"), ("storage", "ocdbt zarr2"))
-TREE = {"large": np.arange(70_000.0), "few": np.arange(3, dtype=np.int16), "step": 7}
+TREE = {"large": np.arange(200_000.0), "few": np.arange(3, dtype=np.int16), "step": 7}
 FOREIGN = ("AWS_", "BOTO", "GOOGLE_", "GCSFS_", "STORAGE_", "TENSORSTORE_", "MILEPOST_")
 
 
@@ -196,6 +200,30 @@ def test_a_driver_that_is_refused_fails_the_save_and_leaves_nothing(scheme, serv
     with milepost.configured({"default": chosen}), pytest.raises(StorageError):
         milepost.save(f"{scheme}://bucket/run/7", TREE)
     assert server.store.keys("bucket") == []
+
+
+def test_databases_of_several_hosts_become_one(scheme, server, commit):
+    url = f"{scheme}://bucket/run/7"
+
+    def save(host):
+        saving = Save(SaveRequest(url, {"state": TreeItem(TREE)}), hosts=host)
+        saving.prepare(lasting=False)()
+        saving.finish()
+
+    with milepost.configured({"default": {"commit": commit, "arrays": "tensorstore"}}):
+        layers = contextvars.copy_context()
+        assert ThreadCluster(3).run(lambda host: layers.copy().run(save, host)) == [None] * 3
+        assert_same(TREE, milepost.load(url))
+    assert len([key for key in server.store.keys("bucket") if key.endswith("manifest.ocdbt")]) > 1
+
+
+@pytest.mark.parametrize("ocdbt", [True, False])
+def test_a_tree_that_is_one_array_has_the_name_that_orbax_gives_it(scheme, commit, ocdbt):
+    url, options = f"{scheme}://bucket/run/7", {"ocdbt": ocdbt}
+    with milepost.configured({"default": {"commit": commit, "arrays": "tensorstore", "arrays_options": options}}):
+        milepost.save(url, np.arange(5.0))
+        np.testing.assert_array_equal(np.arange(5.0), milepost.load(url))
+        assert CliRunner().invoke(cli.app(), ["verify", url]).exit_code == 0
 
 
 @pytest.mark.parametrize("ocdbt", [True, False])

@@ -49,10 +49,11 @@ class Client:
     """A gcsfs of one process. Coroutines run on its loop; `run` and `start` bring them there from any thread."""
 
     def __init__(self, url: str, limits: Limits, options: Mapping[str, Any]) -> None:
-        self.pid = os.getpid()
-        self.url = url
-        self.limits = limits
-        self.fs, self._session = _opened(url, options)
+        self.pid: int = os.getpid()
+        self.url: str = url
+        self.limits: Limits = limits
+        fs, self._session = _opened(url, options)
+        self.fs: Any = fs
         # The environment is looked at once: uploads that are under way stay where they began.
         self.endpoint: str = self.fs._location.rstrip("/")  # noqa: SLF001 - gcsfs offers no public name for it
         self._loop: asyncio.AbstractEventLoop = self.fs.loop
@@ -213,7 +214,7 @@ def _opened(url: str, options: Mapping[str, Any]) -> tuple[Any, aiohttp.ClientSe
         if chosen.get("token") is None and (emulator or endpoint.startswith("http://")):
             chosen["token"] = "anon"  # noqa: S105 - gcsfs's word for none
     try:
-        fs = GCSFileSystem(**chosen)
+        fs: Any = GCSFileSystem(**chosen)
         return fs, asyncio.run_coroutine_threadsafe(fs._set_session(), fs.loop).result()  # noqa: SLF001 - as gcsfs does
     except Exception as error:
         raise noted(StorageDeniedError(f"cannot open {url!r}: gcsfs refuses: {error}"), CREDENTIALS) from error

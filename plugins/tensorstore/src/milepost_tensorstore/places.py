@@ -66,7 +66,7 @@ def database(base: Mapping[str, Json], folder: str, settings: Settings, shared: 
     """Open the OCDBT database in a folder ("" or ends in "/") below a key-value store."""
     import tensorstore as ts
 
-    # Databases refer to each other's data only if they are of one store, which stores with resources of their own are not.
+    # Databases refer to each other's data only if they are of one store, and two with resources of their own are not.
     plain = {name: value for name, value in base.items() if name not in _resources(base)}
     spec = {
         "driver": "ocdbt",

@@ -106,7 +106,9 @@ class ObjectServer:
         self._listener.close()
         self._end_all()
         with self._lock:
-            self._lock.wait_for(lambda: not self._connections, _PATIENCE)
+            ended = self._lock.wait_for(lambda: not self._connections, _PATIENCE)
+        if not ended or self._thread.is_alive():
+            raise TimeoutError(f"{self.url} did not stop within {_PATIENCE} seconds: a request is still being served")
 
     # --- for tests ---------------------------------------------------------------------------------------------------
 

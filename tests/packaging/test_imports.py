@@ -55,12 +55,15 @@ def test_every_module_can_be_imported_alone_and_only_those_that_handle_trees_bri
     assert brings_jax == (module in WITH_JAX)
 
 
-@pytest.mark.parametrize(
-    "module",
-    ["milepost", "milepost.v1", "milepost_gcs", "milepost_posix", "milepost_s3", "milepost_safetensors"],
-)
+@pytest.mark.parametrize("module", ["milepost", "milepost.v1", "milepost_posix", "milepost_safetensors"])
 def test_nothing_heavy_comes_with_an_import(module):
     assert {name.partition(".")[0] for name in modules_of(module)} & HEAVY == set()
+
+
+@pytest.mark.parametrize("module", ["milepost_gcs", "milepost_s3"])
+def test_a_backend_brings_its_client_only_when_a_store_is_opened(module):
+    # Whoever imports one is about to open a store, which needs asyncio in any case.
+    assert {name.partition(".")[0] for name in modules_of(module)} & HEAVY <= {"asyncio"}
 
 
 def test_importing_milepost_costs_few_modules_beyond_numpy():

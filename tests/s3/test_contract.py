@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 from milepost.commit import CreateCommit
+from milepost.fixed import FixedCommit
 from milepost.testing.commit import CommitContract
 from milepost.testing.storage import StorageContract
 
@@ -28,3 +29,20 @@ class TestCreateCommit(CommitContract):
     @pytest.fixture
     def reaper(self):
         return CreateCommit(grace=0)
+
+
+class TestFixedCommit(CommitContract):
+    overwrites = False
+    shares = False
+
+    @pytest.fixture
+    def storage(self, opened):
+        return opened()
+
+    @pytest.fixture
+    def strategy(self):
+        return FixedCommit()
+
+    @pytest.fixture
+    def reaper(self):
+        return FixedCommit(grace=0)

@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import functools
 import inspect
-import os
 from typing import TYPE_CHECKING, Any, Final
 
 from milepost.errors import ConfigError, noted
@@ -100,15 +99,7 @@ def _configuration(fs: Any, settings: Settings) -> dict[str, Any]:
         # What is read is checked by whoever recorded a checksum; ranges carry none anyway.
         "response_checksum_validation": "when_required",
     }
-    made = {**usual, **fs.config_kwargs}
-    profile = fs.session.get_scoped_config()
-    said = {**(profile.get("s3") or {}), **(made.get("s3") or {})}
-    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
-    endpoint = fs.endpoint_url or fs.client_kwargs.get("endpoint_url") or profile.get("endpoint_url")
-    if "addressing_style" not in said and (endpoint or any(os.environ.get(name) for name in names)):
-        # Few compatible stores have a name in the DNS for each bucket, and all take the bucket in the path.
-        made["s3"] = {**(made.get("s3") or {}), "addressing_style": "path"}
-    return made
+    return {**usual, **fs.config_kwargs}
 
 
 @functools.cache

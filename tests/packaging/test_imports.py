@@ -93,3 +93,7 @@ def test_every_module_says_what_it_offers(module):
     says = "__all__" in {target.id for target in targets if isinstance(target, ast.Name)}
     offers = any(isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Assign) for node in tree.body)
     assert says == offers
+
+
+def test_the_server_for_tests_needs_no_pytest():
+    run("import sys; sys.modules['pytest'] = None; import milepost.testing.objects")

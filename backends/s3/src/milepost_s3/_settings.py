@@ -23,6 +23,7 @@ _SCHEME: Final = "s3://"
 _LEAST_PART: Final = 5 << 20  # what S3 takes as a part that is not the last
 _LARGEST_PART: Final = 5 << 30
 _OURS: Final = ("region", "timeout", "retries", "concurrency", "part_bytes")
+_CACHES: Final = ("use_listings_cache", "skip_instance_cache", "listings_expiry_time", "max_paths")  # never used here
 _NOT_OPTIONS: Final = frozenset({"self", "kwargs", "loop", "asynchronous"})
 
 
@@ -77,7 +78,7 @@ def opened(settings: Settings) -> Any:
     import s3fs
     from aiobotocore.session import AioSession  # type: ignore[import-untyped]
 
-    fs = s3fs.S3FileSystem(**settings.s3fs, use_listings_cache=False, skip_instance_cache=True)
+    fs = s3fs.S3FileSystem(**{**settings.s3fs, "use_listings_cache": False, "skip_instance_cache": True})
     if fs.session is None:
         fs.session = AioSession(**fs.kwargs)
         # A session reads the descriptions of all requests anew, which takes ten times as long as all else.
@@ -113,7 +114,7 @@ def _known() -> frozenset[str]:
     import s3fs
 
     taken = frozenset(inspect.signature(s3fs.S3FileSystem.__init__).parameters) - _NOT_OPTIONS
-    return taken | {"profile", "listings_expiry_time", "max_paths"}
+    return taken | {"profile", *_CACHES}
 
 
 def _unknown(url: str, name: str, known: frozenset[str]) -> ConfigError:

@@ -14,9 +14,13 @@ class TestShelf(StorageContract):
 
 from __future__ import annotations
 
-import pytest
+import contextlib
 
 __all__: list[str] = []
 
-# A failing `assert` of a contract shows its values, as those in the test files do; pytest has to know beforehand.
-pytest.register_assert_rewrite("milepost.testing.storage", "milepost.testing.commit")
+# The server for tests is of use to whoever has no pytest.
+with contextlib.suppress(ImportError):
+    import pytest
+
+    # A failing `assert` of a contract shows its values, as those in the test files do; pytest has to know beforehand.
+    pytest.register_assert_rewrite("milepost.testing.storage", "milepost.testing.commit")

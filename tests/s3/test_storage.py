@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import gc
 import subprocess
 import sys
 import threading
@@ -706,3 +707,19 @@ def test_nothing_heavy_is_imported_before_it_is_needed():
     script = "import sys, milepost_s3; milepost_s3.S3Storage('s3://bucket'); print('s3fs' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_a_client_is_closed_on_its_own_loop_whichever_thread_collects_it(server, caplog):
+    storage = S3Storage("s3://bucket/run", endpoint_url=server.url)
+    storage.write("key", [b"data"])
+    kept = [storage]
+    del storage
+
+    async def collected():
+        kept.clear()
+        gc.collect()
+        await asyncio.sleep(0)
+
+    asyncio.run(collected())
+    gc.collect()
+    assert [each.getMessage() for each in caplog.records if each.name == "asyncio"] == []

@@ -6,10 +6,13 @@ names, and so are its ways to find credentials, region and endpoint; what is set
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
 import difflib
 import functools
 import inspect
+import os
 from typing import TYPE_CHECKING, Any, Final
 
 from milepost.errors import ConfigError, noted
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Settings", "opened", "place"]
 
 _SCHEME: Final = "s3://"
+_CLOSING: Final = 5.0  # seconds
 _LEAST_PART: Final = 5 << 20  # what S3 takes as a part that is not the last
 _LARGEST_PART: Final = 5 << 30
 _OURS: Final = ("region", "timeout", "retries", "concurrency", "part_bytes")
@@ -86,7 +90,23 @@ def opened(settings: Settings) -> Any:
     if settings.region is not None:
         fs.client_kwargs = {**fs.client_kwargs, "region_name": settings.region}
     fs.config_kwargs = _configuration(fs, settings)
+    fs.close_session = functools.partial(_closed, os.getpid())
     return fs
+
+
+def _closed(pid: int, loop: asyncio.AbstractEventLoop, creator: Any) -> None:
+    """Close a client on the loop that it belongs to: s3fs would take that of whatever thread collects the garbage."""
+    if os.getpid() == pid and loop.is_running():
+        closed = asyncio.run_coroutine_threadsafe(creator.__aexit__(None, None, None), loop)
+        with contextlib.suppress(RuntimeError):
+            if asyncio.get_running_loop() is loop:
+                return
+        with contextlib.suppress(Exception):
+            closed.result(_CLOSING)
+            return
+    # A child of a fork, or the end of the interpreter: nobody runs the loop any more.
+    with contextlib.suppress(AttributeError):
+        creator._client._endpoint.http_session._connector._close()  # noqa: SLF001 - as s3fs does
 
 
 def _configuration(fs: Any, settings: Settings) -> dict[str, Any]:

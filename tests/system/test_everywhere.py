@@ -114,6 +114,7 @@ def test_cp_brings_a_checkpoint_here_and_back(root, writer, tmp_path):
     equal(state(), milepost.load(tmp_path / "8"))
 
 
+@pytest.mark.wire
 @pytest.mark.parametrize("old", [None, "old"], ids=["save", "overwrite"])
 def test_the_power_may_be_cut_before_any_change_of_a_save(root, writer, power, old):
     def prepared():
@@ -149,6 +150,7 @@ def loaded(path):
     return tree["text"]
 
 
+@pytest.mark.wire
 @pytest.mark.parametrize("case", [each.name for each in SCENARIOS])
 def test_the_power_may_be_cut_before_any_change_of_a_commit(root, case):
     route = root.opened()

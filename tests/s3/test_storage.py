@@ -294,6 +294,7 @@ def test_tensorstore_reaches_the_same_objects(opened, server):
     spec = storage.kvstore("7/")
     assert spec["requester_pays"] is True
     assert spec["aws_credentials"] == {"type": "environment"}
+    assert spec["use_conditional_write"] is False  # Ceph's are never met, and nobody else writes below the prefix
     store = ts.KvStore.open(spec).result()
     store.write("a", b"1").result()
     assert bytes(storage.read("7/a")) == b"1"
@@ -304,7 +305,7 @@ def test_tensorstore_reaches_the_same_objects(opened, server):
 def test_at_home_tensorstore_is_told_the_region_and_no_endpoint():
     spec = S3Storage("s3://bucket/run", region="eu-west-3").kvstore("")
     assert (spec["bucket"], spec["path"], spec["aws_region"]) == ("bucket", "run/", "eu-west-3")
-    assert "endpoint" not in spec
+    assert {"endpoint", "use_conditional_write"} & {*spec} == set()
 
 
 def test_certificates_of_ones_own_are_nothing_that_tensorstore_can_be_told(monkeypatch):

@@ -28,6 +28,8 @@ from milepost.testing.hosts import ThreadCluster
 from milepost.testing.objects import ObjectServer
 from milepost_gcs import GcsStorage
 from milepost_s3 import S3Storage
+from milepost_tensorstore import places
+from milepost_tensorstore.options import Settings
 from typer.testing import CliRunner
 
 HERE = pathlib.Path(__file__).parent
@@ -248,3 +250,19 @@ def test_overwriting_at_fixed_keys_is_refused_and_the_old_one_stays(scheme):
             milepost.save(url, {"new": 1}, overwrite=True)
         assert "delete that checkpoint first" in caught.value.__notes__[0]
         assert_same(TREE, milepost.load(url))
+
+
+@pytest.mark.parametrize("scheme", ["s3"], indirect=True)
+@pytest.mark.usefixtures("scheme")
+def test_stores_of_one_database_lose_nothing_where_no_condition_protects_it(server):
+    base = S3Storage("s3://bucket/run").kvstore("7/")
+    assert base["use_conditional_write"] is False
+    shared = places.context(Settings(), base)
+    one, other = (places.database(base, "", Settings(), shared) for _ in range(2))
+    one.write("first", b"1").result()
+    server.rule("delay", method="PUT", key="manifest", times=None, seconds=0.1)
+    for future in [(one, other)[number % 2].write(f"{number}", b"x" * 2000) for number in range(20)]:
+        future.result()
+    server.clear_rules()
+    apart = places.database(base, "", Settings(), places.context(Settings(), base))
+    assert {b"first", *(f"{number}".encode() for number in range(20))} == set(apart.list().result())

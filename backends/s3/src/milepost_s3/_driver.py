@@ -67,6 +67,10 @@ async def specification(fs: Any, client: Any, settings: Settings) -> dict[str, J
     if urlsplit(endpoint).hostname not in {"s3.amazonaws.com", f"s3.{region}.amazonaws.com"}:
         # Without a region it would ask the bucket for it; signatures of botocore name this one then.
         made |= {"endpoint": endpoint, "aws_region": region if known else "us-east-1"}
+        # Ceph heeds `If-Match` without quotation marks only, so that a database there would try for ever to replace its
+        # manifest. The condition is not missed: a database lies below a prefix that is one attempt's (by name, or by
+        # a claim), one process at a time writes it, and all stores that it opens share one context and one writer.
+        made["use_conditional_write"] = False
     if fs.requester_pays:
         made["requester_pays"] = True
     return made

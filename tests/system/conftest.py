@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import milepost
 import pytest
+from loopback import environment
 from milepost.hookspecs import hookimpl
 from milepost.plugins import installed
 from milepost.routes import OpenRoute, open_route, resolve
@@ -58,17 +59,7 @@ def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
         return Root(f"file://{tmp_path}/runs")
     server = request.getfixturevalue("server")
     server.store.clear()
-    env = {
-        "AWS_ACCESS_KEY_ID": "id",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": server.url,
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_CONFIG_FILE": "/dev/null",
-        "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
-        "STORAGE_EMULATOR_HOST": server.url,
-    }
-    for name, value in env.items():
+    for name, value in environment(server.url).items():
         monkeypatch.setenv(name, value)
     return Root(f"{'gs' if request.param == 'gcs' else 's3'}://{BUCKET}/runs")
 

@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 import pytest
+from loopback import environment
 from milepost.testing.objects import ObjectServer
 from wire import actors
 from wire.states import BUCKET
@@ -69,17 +70,7 @@ def server(_running: ObjectServer) -> ObjectServer:
 @pytest.fixture(params=["s3", "gs"])
 def place(request: pytest.FixtureRequest, server: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> Place:
     """Return a root by one face of the store; this process finds it, too."""
-    env = {
-        "AWS_ACCESS_KEY_ID": "id",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": server.url,
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_CONFIG_FILE": "/dev/null",
-        "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
-        "STORAGE_EMULATOR_HOST": server.url,
-        "MILEPOST_TOML": settings(timeout=20.0, retries=2),
-    }
+    env = environment(server.url) | {"MILEPOST_TOML": settings(timeout=20.0, retries=2)}
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     return Place(request.param, server, env)

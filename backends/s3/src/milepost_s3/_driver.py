@@ -71,7 +71,7 @@ async def specification(fs: Any, client: Any, settings: Settings) -> dict[str, J
         # manifest. The condition is not missed: a database lies below a prefix that is one attempt's (by name, or by
         # a claim), one process at a time writes it, and all stores that it opens share one context and one writer.
         made["use_conditional_write"] = False
-    if fs.requester_pays:
+    if settings.s3fs.get("requester_pays"):
         made["requester_pays"] = True
     return made
 

@@ -43,6 +43,7 @@ def doctor(
     size: Annotated[
         int,
         typer.Option(
+            "--size",  # older releases of Typer would take the metavar for its name
             parser=_bytes,
             metavar="SIZE",
             show_default=size_text(doctoring.SIZE),

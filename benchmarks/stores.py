@@ -54,24 +54,25 @@ def _measured(store: str, server: _Server, state: Any, repeat: int) -> dict[str,
     whole = b"".join(bytes(view) for view in workloads.host_views(state))
     client = _client(store, server.url)
     target = workloads.abstract(state)
-    name = f"{store}://{BUCKET}/run/7"
-    acts: dict[str, Callable[[], Any]] = {
-        "plain save": lambda: client.pipe_file(f"{BUCKET}/plain", whole, chunksize=PART),
-        "milepost save": lambda: milepost.save(name, state, overwrite=True),
-        "plain load": lambda: client.cat_file(f"{BUCKET}/plain"),
-        "milepost load": lambda: workloads.ready(milepost.load(name, target)),
+    names = [f"{store}://{BUCKET}/{store}/{turn}" for turn in range(repeat + 1)]
+    acts: dict[str, Callable[[str], Any]] = {
+        "plain save": lambda _: client.pipe_file(f"{BUCKET}/plain", whole, chunksize=PART),
+        "milepost save": lambda name: milepost.save(name, state),
+        "plain load": lambda _: client.cat_file(f"{BUCKET}/plain"),
+        "milepost load": lambda name: workloads.ready(milepost.load(name, target)),
     }
     seconds: dict[str, list[float]] = {key: [] for key in acts}
     requests: dict[str, int] = {}
-    for turn in range(repeat + 1):
+    for name in names:
         for key, act in acts.items():
             before = server.count()
             began = time.perf_counter()
-            act()
-            if turn:
-                seconds[key].append(time.perf_counter() - began)
-            else:  # the first is not timed, and overwrites nothing
+            act(name)
+            if name is names[0]:  # not timed: it opens connections, and imports
                 requests[key] = server.count() - before
+            else:
+                seconds[key].append(time.perf_counter() - began)
+        milepost.v1.delete(name)
     return {"seconds": seconds, "requests": requests}
 
 

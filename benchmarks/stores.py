@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -40,12 +41,12 @@ def main() -> None:
 
 
 def most_requests(size: int) -> int:
-    """Return how many requests a save of so many bytes may need.
+    """Return how many requests a save of so many bytes may need: one for each part, and eight.
 
-    >>> most_requests(256 << 20)
-    24
+    >>> most_requests(256 << 20), most_requests(1)
+    (24, 9)
     """
-    return size // PART + 8
+    return math.ceil(size / PART) + 8
 
 
 def _measured(store: str, server: _Server, state: Any, repeat: int) -> dict[str, Any]:

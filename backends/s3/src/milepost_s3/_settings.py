@@ -82,7 +82,7 @@ def opened(settings: Settings) -> Any:
     import s3fs
     from aiobotocore.session import AioSession  # type: ignore[import-untyped]
 
-    fs = s3fs.S3FileSystem(**{**settings.s3fs, "use_listings_cache": False, "skip_instance_cache": True})
+    fs: Any = s3fs.S3FileSystem(**{**settings.s3fs, "use_listings_cache": False, "skip_instance_cache": True})
     if fs.session is None:
         fs.session = AioSession(**fs.kwargs)
         # A session reads the descriptions of all requests anew, which takes ten times as long as all else.

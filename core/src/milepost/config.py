@@ -36,6 +36,7 @@ __all__ = [
     "Chosen",
     "Layer",
     "Setting",
+    "as_bytes",
     "configured",
     "current_layers",
     "did_you_mean",
@@ -213,7 +214,12 @@ def _as_options(value: object) -> Mapping[str, object]:
     return dict(value)
 
 
-def _as_bytes(value: object) -> int:
+def as_bytes(value: object) -> int:
+    """Return a number of bytes, which may be a text with a unit; raise `ValueError` for anything else.
+
+    >>> as_bytes("64MiB"), as_bytes("1048576")
+    (67108864, 1048576)
+    """
     size = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
     if size is not None and size["unit"].lower() in _UNITS:
         value = int(float(size["number"]) * _UNITS[size["unit"].lower()])
@@ -235,7 +241,7 @@ def _as_flag(value: object) -> bool:
 
 
 _KINDS: Mapping[str, Callable[[object], object]] = MappingProxyType(
-    {"name": _as_name, "table": _as_options, "bytes": _as_bytes, "count": _as_count, "flag": _as_flag}
+    {"name": _as_name, "table": _as_options, "bytes": as_bytes, "count": _as_count, "flag": _as_flag}
 )
 
 

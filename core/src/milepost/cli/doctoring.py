@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +14,7 @@ import typer
 
 from milepost.cli.answers import BAD_NEWS, FINE, Answer
 from milepost.cli.printing import size_text
+from milepost.config import as_bytes
 from milepost.engine import doctoring
 from milepost.urls import locate
 
@@ -25,16 +25,14 @@ if TYPE_CHECKING:
 
 __all__ = ["doctor"]
 
-_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>B|KiB|MiB|GiB|KB|MB|GB|)")
-_UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _STYLES = {"ok": "green", "warning": "yellow", "failed": "red", "skipped": ""}
 
 
 def _bytes(text: object) -> int:
-    found = _SIZE.fullmatch(str(text).strip())
-    if found is None or not (size := int(float(found["number"]) * _UNITS[found["unit"]])):
-        raise typer.BadParameter(f"{text!r} is no size: write 1048576, 24MiB or 1GiB")
-    return size
+    try:
+        return as_bytes(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not {error}") from error
 
 
 def doctor(

@@ -82,9 +82,9 @@ def delete(path: str | os.PathLike[str], *, missing_ok: bool = False, plugins: P
 
 def _is_completed(route: OpenRoute) -> bool:
     """Go on with a deletion that was cut off; say whether nothing is left."""
-    name = route.route.name
+    name, inside = route.route.name, set(route.storage.children(f"{route.route.name}/"))
     # Where checkpoints vanish by one rename, what is without a commit object was never one of ours.
-    if RenamesPrefixes in route.commit.needs or exists(route.storage, f"{name}/{COMMIT_OBJECT}"):
+    if RenamesPrefixes in route.commit.needs or not inside or COMMIT_OBJECT in inside:
         return False
     route.commit.delete(route.storage, name)
     return not any(True for _ in route.storage.children(f"{name}/"))
